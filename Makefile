@@ -1,0 +1,78 @@
+# The door to everything. `python3`, `make` and a way to PyPI are all it needs; it makes its own .venv.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+PORT ?= 8080
+# Threads that spin while they wait make two shared cores ten times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+
+##@ Use
+
+.PHONY: demo
+demo: .venv/.demo ## Caption two samples by the whole chain on 127.0.0.1:PORT, then keep serving (DEMO_EXIT=1: stop)
+	@PORT=$(PORT) $(BIN)/sightline demo
+
+##@ Develop
+
+.PHONY: test
+test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
+	@$(BIN)/pytest $(ARGS)
+
+.PHONY: accuracy
+accuracy: .venv/.dev ## Exact-match figures on 200 fresh scenes through the running servers (SEED=n)
+	@$(BIN)/python tests/bench/accuracy.py --scenes 200 $(if $(SEED),--seed $(SEED))
+
+.PHONY: tiny
+tiny: .venv/.dev ## Train the small checkpoints again from SEED (under two hours on two cores) and report
+	@$(BIN)/python -m sightline.tiny train all --seed $(or $(SEED),0)
+	@$(BIN)/python -m sightline.tiny report
+
+.PHONY: check
+check: lint types imports ## Everything that reads the code without running it
+
+.PHONY: lint
+lint: .venv/.dev
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+.PHONY: types
+types: .venv/.dev
+	@$(BIN)/pyright
+
+.PHONY: imports
+imports: .venv/.dev
+	@$(BIN)/lint-imports
+
+.PHONY: format
+format: .venv/.dev ## Format the code and mend what ruff can mend
+	@$(BIN)/ruff check --fix-only -q
+	@$(BIN)/ruff format
+
+.PHONY: openapi
+openapi: .venv/.dev ## Write docs/openapi/*.json, without loading a model
+	@$(BIN)/python scripts/openapi.py
+
+.PHONY: verify
+verify: openapi ## Make every generated file again; fails when one differs
+	@git diff --exit-code --stat -- docs/openapi
+
+.PHONY: lock
+lock: .venv/.dev ## Resolve the requirements again (hashes, no index lines)
+	@$(BIN)/python scripts/lock.py
+
+.PHONY: clean
+clean: ## Remove the environment and caches
+	@rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+.PHONY: help
+help: ## Show this
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.demo .venv/.dev: .venv/.%: requirements/%.txt requirements/uv.txt predictors/pyproject.toml scripts/environment.py
+	@$(PYTHON) scripts/environment.py $*

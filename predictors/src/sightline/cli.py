@@ -1,0 +1,81 @@
+"""`sightline`: serve a model, run the demonstration, caption an image over HTTP."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    help="Vision-language models as KServe predictors, and the caption→enhance pipeline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Predictor = Literal["describe", "enhance", "pipeline"]
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def serve(context: typer.Context, predictor: Predictor) -> None:
+    """Serve one predictor; `sightline serve describe --help` lists its settings."""
+    # Before torch is imported: OpenMP threads that spin while they wait make a shared CPU ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sightline.server.serve import main as serve_main
+
+    raise SystemExit(serve_main(predictor, context.args))
+
+
+@app.command()
+def caption(
+    image: Annotated[Path, typer.Argument(help="Image file.", exists=True, dir_okay=False)],
+    url: Annotated[str, typer.Option(help="The pipeline's address.")] = "http://127.0.0.1:8080",
+    enhance: Annotated[
+        bool | None,
+        typer.Option("--enhance/--no-enhance", help="Default: what the pipeline is set to."),
+    ] = None,
+    level: Annotated[str | None, typer.Option(help="Reasoning level: low, medium or high.")] = None,
+    explain: Annotated[bool, typer.Option(help="Show added terms and what each step did.")] = False,
+    api_key: Annotated[str | None, typer.Option(envvar="SIGHTLINE_API_KEY")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer.")] = False,
+) -> None:
+    """Caption one image by a running pipeline."""
+    from sightline.client import Client, RequestFailed
+
+    try:
+        with Client(url, api_key=api_key) as client:
+            answer = client.caption(image.read_bytes(), enhance=enhance, level=level, explain=explain)
+    except RequestFailed as error:
+        typer.echo(f"sightline: {error}", err=True)
+        raise SystemExit(1) from error
+    if as_json or explain:
+        import json
+
+        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(answer["caption"])
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(envvar="PORT", help="Gateway; the two models use the next two.")] = 8080,
+    once: Annotated[bool, typer.Option("--exit", envvar="DEMO_EXIT", help="Stop after the samples.")] = False,
+) -> None:
+    """Start the whole pipeline on 127.0.0.1, caption two samples, keep serving until Ctrl-C."""
+    from sightline.demo import run
+
+    raise SystemExit(run(port, keep_serving=not once))
+
+
+def main() -> None:
+    """Entry point of the `sightline` command."""
+    sys.exit(app())

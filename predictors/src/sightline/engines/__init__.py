@@ -1,0 +1,1 @@
+"""How tokens are made: in this process (`hf`), or behind somebody's HTTP (`remote`)."""

@@ -1,0 +1,260 @@
+"""One thread owns the device; requests that wait for it and agree on sampling share its next batch.
+
+No request waits for company: an idle thread takes what is there. Requests whose client left or whose deadline passed
+are dropped before they cost compute, and inside a running batch at the next token. transformers keeps per-call state
+on the model object (Qwen's `rope_deltas`), so `generate` must never run twice at a time: hence one thread.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+from sightline.engines.base import Generated, GenerativeModel, IsAbandoned
+from sightline.errors import DeadlineExceeded, OutOfMemory, SightlineError, Unavailable
+from sightline.wire import Deadline, Sampling
+
+Prepared = TypeVar("Prepared")
+Model = TypeVar("Model", bound=GenerativeModel[Any])
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[Prepared]):
+    prepared: Prepared
+    sampling: Sampling
+    deadline: Deadline
+    future: "asyncio.Future[Generated]"
+    loop: asyncio.AbstractEventLoop
+
+    def is_dead(self) -> bool:
+        return self.future.cancelled() or self.deadline.remaining() <= 0
+
+    def settle(self, result: Generated | BaseException) -> None:
+        def set_it() -> None:
+            if self.future.done():
+                return
+            if isinstance(result, BaseException):
+                self.future.set_exception(result)
+            else:
+                self.future.set_result(result)
+
+        self.loop.call_soon_threadsafe(set_it)
+
+
+class HFEngine(Generic[Model, Prepared]):
+    """Batches requests onto one loaded transformers model.
+
+    load       builds the model; called once, on the engine's thread
+    max_batch  items of one `generate` call
+    """
+
+    def __init__(self, load: Callable[[], Model], *, max_batch: int) -> None:
+        self._load = load
+        self._max_batch = max_batch
+        self._model: Model | None = None
+        self._waiting: deque[_Waiting[Prepared]] = deque()
+        self._wake = threading.Condition()
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def model(self) -> Model:
+        """The loaded model. Raises Unavailable (503) before it is there."""
+        if self._model is None:
+            raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
+        return self._model
+
+    async def start(self) -> None:
+        """Load the model on the engine's thread; returns when it is loaded, raises what loading raised."""
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[None] = loop.create_future()
+
+        def report(fault: BaseException | None) -> None:
+            if loaded.done():
+                return
+            if fault is None:
+                loaded.set_result(None)
+            else:
+                loaded.set_exception(fault)
+
+        def run() -> None:
+            try:
+                self._model = self._load()
+            except BaseException as fault:
+                loop.call_soon_threadsafe(report, fault)
+                return
+            loop.call_soon_threadsafe(report, None)
+            self._work(self._model)
+
+        # A daemon: a process told to stop while it loads must not wait for the load.
+        self._thread = threading.Thread(target=run, name="engine", daemon=True)
+        self._thread.start()
+        await loaded
+
+    async def close(self) -> None:
+        """Stop after the batch that is running; what still waits gets Unavailable (503)."""
+        with self._wake:
+            self._is_closing = True
+            abandoned = list(self._waiting)
+            self._waiting.clear()
+            self._wake.notify()
+        for waiting in abandoned:
+            waiting.settle(Unavailable("The server is stopping.", code="draining"))
+        if self._thread is not None and self._model is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    async def generate(self, prepared: Prepared, sampling: Sampling, deadline: Deadline) -> Generated:
+        """The answer to one prepared prompt.
+
+        Cancelling the caller drops the item from the queue or ends it at the next token. Raises DeadlineExceeded
+        (504), OutOfMemory (507), Unavailable (503).
+        """
+        deadline.check()
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(prepared, sampling, deadline, loop.create_future(), loop)
+        with self._wake:
+            if self._model is None or self._is_closing:
+                raise Unavailable("The model is not ready.", code="model_not_ready", retry_after=5)
+            self._waiting.append(waiting)
+            self._wake.notify()
+        try:
+            async with asyncio.timeout(deadline.remaining()):
+                return await waiting.future
+        except TimeoutError as error:
+            raise DeadlineExceeded("The model did not answer within the deadline.") from error
+
+    def _work(self, model: Model) -> None:
+        while True:
+            batch = self._next_batch()
+            if batch is None:
+                return
+            self._run(model, batch)
+
+    def _next_batch(self) -> list[_Waiting[Prepared]] | None:
+        with self._wake:
+            while True:
+                while self._waiting and self._waiting[0].is_dead():
+                    self._waiting.popleft()
+                if self._waiting:
+                    return _take(self._waiting, self._max_batch)
+                if self._is_closing:
+                    return None
+                self._wake.wait()
+
+    def _run(self, model: Model, batch: list[_Waiting[Prepared]]) -> None:
+        is_abandoned: IsAbandoned = lambda index: batch[index].is_dead()  # noqa: E731
+        try:
+            results = model.generate([item.prepared for item in batch], batch[0].sampling, is_abandoned)
+        except Exception as error:
+            self._fail(model, batch, error)
+            return
+        for item, result in zip(batch, results, strict=True):
+            item.settle(result)
+
+    def _fail(self, model: Model, batch: list[_Waiting[Prepared]], error: Exception) -> None:
+        is_out_of_memory = _is_out_of_memory(error)
+        if is_out_of_memory:
+            _empty_cache()
+        if len(batch) > 1:  # one bad item must not fail its company
+            for item in batch:
+                if not item.is_dead():
+                    self._run(model, [item])
+            return
+        fault: BaseException = error
+        if is_out_of_memory:
+            fault = OutOfMemory("This request needs more memory than the device has.")
+            fault.__cause__ = error
+        elif not isinstance(error, SightlineError):
+            fault = RuntimeError("generation failed")
+            fault.__cause__ = error
+        batch[0].settle(fault)
+
+
+def _take(waiting: deque[_Waiting[Prepared]], limit: int) -> list[_Waiting[Prepared]]:
+    """The first request and, when it is greedy, those behind it that agree with its sampling.
+
+    Sampled requests run alone: their seed must give the same text whoever else is there.
+    """
+    first = waiting.popleft()
+    batch = [first]
+    if first.sampling.temperature > 0:
+        return batch
+    kept: list[_Waiting[Prepared]] = []
+    while waiting and len(batch) < limit:
+        item = waiting.popleft()
+        if item.sampling == first.sampling:
+            batch.append(item)
+        else:
+            kept.append(item)
+    waiting.extendleft(reversed(kept))
+    return [item for item in batch if item is first or not item.is_dead()]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _empty_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def generate_tokens(
+    model: Any,  # noqa: ANN401 - a transformers GenerationMixin, which has no useful type
+    inputs: dict[str, Any],
+    sampling: Sampling,
+    is_abandoned: IsAbandoned,
+    *,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+) -> list[tuple[tuple[int, ...], bool]]:
+    """Run `generate` on a left-padded batch.
+
+    inputs   what the model's processor made, `input_ids` (B, T) included, on the model's device
+    returns  for each row its new token ids (stop token included, padding not) and whether it stopped by itself
+
+    Every sampling field is pinned, so that a checkpoint's generation_config cannot change the answer behind our back
+    (Qwen2.5-VL ships repetition_penalty 1.05: it is kept, because the model was tuned with it).
+    """
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class _Abandoned(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            flags = [is_abandoned(row) for row in range(input_ids.shape[0])]
+            return torch.tensor(flags, device=input_ids.device)
+
+    options: dict[str, Any] = {
+        "max_new_tokens": sampling.max_tokens,
+        "eos_token_id": list(eos_token_ids),
+        "pad_token_id": pad_token_id,
+        "num_beams": 1,
+        "stopping_criteria": StoppingCriteriaList([_Abandoned()]),
+    }
+    if sampling.temperature > 0:
+        options |= {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+        }
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        else:
+            torch.seed()
+    else:
+        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    with torch.inference_mode():
+        output = model.generate(**inputs, **options)
+    stops = set(eos_token_ids)
+    rows: list[tuple[tuple[int, ...], bool]] = []
+    for row in cast("list[list[int]]", output[:, inputs["input_ids"].shape[1] :].tolist()):
+        end = next((at for at, token in enumerate(row) if token in stops), None)
+        rows.append((tuple(row if end is None else row[: end + 1]), end is not None))
+    return rows

@@ -1,0 +1,1 @@
+"""gpt-oss: a caption to fuller prose, in the harmony format."""

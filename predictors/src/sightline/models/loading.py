@@ -1,0 +1,110 @@
+"""From a hub id or folder to a loaded transformers model that is what its configuration says, or an error."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sightline.settings import EngineSettings, cpu_quota
+from sightline.wire import ModelInfo
+
+log = logging.getLogger("sightline.models")
+
+
+class LoadFailed(RuntimeError):
+    """The checkpoint cannot be served; the process exits, so that nobody gets answers of a half-loaded model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """bitsandbytes 8-bit weights, and how much memory each device may take (`10GiB`), None for no bound."""
+
+    is_8bit: bool = False
+    max_memory_gpu: str | None = None
+    max_memory_cpu: str | None = None
+
+
+def load_pretrained(
+    auto_class: Any,  # noqa: ANN401 - an AutoModelFor… class
+    settings: EngineSettings,
+    quantization: Quantization = Quantization(),
+) -> Any:  # noqa: ANN401 - a PreTrainedModel
+    """Load a model in evaluation mode onto the GPU when there is one and it is wanted, else the CPU.
+
+    Raises LoadFailed when weights are missing, left over or of another shape: transformers would otherwise serve
+    freshly initialised ones with a warning.
+    """
+    torch.set_num_threads(settings.threads or cpu_quota())
+    use_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    options: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "revision": settings.revision,
+        "cache_dir": settings.cache_dir,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    if use_cuda:
+        memory: dict[int | str, str] = {}
+        if quantization.max_memory_gpu:
+            memory |= dict.fromkeys(range(torch.cuda.device_count()), quantization.max_memory_gpu)
+        if quantization.max_memory_cpu:
+            memory["cpu"] = quantization.max_memory_cpu
+        options |= {"device_map": "auto", "max_memory": memory or None}
+    if quantization.is_8bit:
+        options |= {
+            "quantization_config": transformers.BitsAndBytesConfig(
+                load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True
+            ),
+            "device_map": "auto" if use_cuda else "cpu",
+        }
+    model, info = auto_class.from_pretrained(settings.model, **options)
+    _check_weights(settings.model, info)
+    return model.eval()
+
+
+def _check_weights(name: str, info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
+        if keys := info.get(kind):
+            sample = ", ".join(sorted(str(key) for key in keys)[:5])
+            raise LoadFailed(f"{name}: {len(keys)} {kind.replace('_', ' ')}: {sample}")
+
+
+def model_info(model: Any, settings: EngineSettings) -> ModelInfo:  # noqa: ANN401
+    """The model's own name and revision.
+
+    A checkpoint of ours says in its configuration that it is a demonstration model and how it is called. The revision
+    is the hub's commit, or, for a folder, the start of the SHA-256 of its weights.
+    """
+    config = model.config
+    folder = Path(settings.model)
+    name = getattr(config, "sightline_model_name", None) or (folder.name if folder.is_dir() else settings.model)
+    revision = getattr(config, "_commit_hash", None) or settings.revision
+    if folder.is_dir():
+        revision = _digest(folder)
+    return ModelInfo(
+        name=str(name),
+        revision=str(revision or "main"),
+        demo=bool(getattr(config, "sightline_demo_model", False)),
+    )
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def as_plain_text(text: str) -> str:
+    """User text that cannot be read as control tokens: `<|` is broken up, so that no special token matches.
+
+    Without this a prompt holding `<|image_pad|>` would claim image features, and `<|end|>` would end its turn.
+    """
+    return text.replace("<|", "< |")

@@ -1,0 +1,151 @@
+"""Qwen2-VL and Qwen2.5-VL: one image and a prompt to text.
+
+Dims     B prompts · T tokens of the longest prompt · P patches before merging, all images packed · D patch width
+Source   https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct, arXiv 2502.13923; class of transformers, unchanged.
+Licence  Apache-2.0 (7B). The demonstration checkpoint is trained by `sightline/tiny`.
+Traps    `mm_token_type_ids` must reach the model: without it positions silently fall back to one dimension.
+         A prompt without image tokens means that the model would answer blind: refused here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from sightline.engines.base import Generated, IsAbandoned, Runtime
+from sightline.engines.hf import generate_tokens
+from sightline.errors import InternalError
+from sightline.models.loading import (
+    LoadFailed,
+    Quantization,
+    as_plain_text,
+    load_pretrained,
+    model_info,
+)
+from sightline.settings import DescribeSettings
+from sightline.wire import Sampling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One preprocessed prompt, on the CPU.
+
+    input_ids       (T,) int64
+    token_types     (T,) int64, 1 where a token stands for an image patch
+    pixel_values    (P, D) float32, normalised patches
+    image_grid_thw  (images, 3) int64, patches in time, height, width
+    """
+
+    input_ids: torch.Tensor
+    token_types: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    image_tokens: int
+
+
+class QwenVL:
+    """A loaded Qwen-VL checkpoint."""
+
+    def __init__(self, settings: DescribeSettings) -> None:
+        """Load weights and processor; slow. Raises LoadFailed."""
+        self._processor: Any = AutoProcessor.from_pretrained(
+            settings.model,
+            revision=settings.revision,
+            cache_dir=settings.cache_dir,
+            trust_remote_code=False,
+        )
+        self._tokenizer: Any = self._processor.tokenizer
+        self._model: Any = load_pretrained(
+            AutoModelForImageTextToText,
+            settings,
+            Quantization(settings.load_8bit, settings.max_memory_gpu, settings.max_memory_cpu),
+        )
+        if self._model.config.model_type not in {"qwen2_vl", "qwen2_5_vl"}:
+            raise LoadFailed(f"{settings.model}: not a Qwen2-VL or Qwen2.5-VL checkpoint")
+        self._image_token_id = int(self._model.config.image_token_id)
+        self._eos = _eos_token_ids(self._model, self._tokenizer)
+        self._pad = int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos[0])
+        self.info = model_info(self._model, settings)
+        self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
+
+    def preprocess(self, image: Image.Image, prompt: str) -> Prompt:
+        """Patches and token ids of one image and its prompt. Thread-safe; needs no device.
+
+        image   RGB of any size; the processor resizes it to multiples of its patch size within its pixel budget
+        """
+        content = [{"type": "image"}, {"type": "text", "text": as_plain_text(prompt)}]
+        text = self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        inputs = self._processor(text=[text], images=[image], return_tensors="pt")
+        input_ids = inputs["input_ids"][0]
+        image_tokens = int((input_ids == self._image_token_id).sum())
+        if image_tokens == 0:
+            raise InternalError("The model would not have seen the image.", code="image_not_seen")
+        return Prompt(
+            input_ids=input_ids,
+            token_types=inputs["mm_token_type_ids"][0],
+            pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs["image_grid_thw"],
+            image_tokens=image_tokens,
+        )
+
+    def generate(self, batch: Sequence[Prompt], sampling: Sampling, is_abandoned: IsAbandoned) -> list[Generated]:
+        """Answer a batch; see `engines.base.GenerativeModel`."""
+        inputs = self._collate(batch)
+        rows = generate_tokens(
+            self._model,
+            inputs,
+            sampling,
+            is_abandoned,
+            eos_token_ids=self._eos,
+            pad_token_id=self._pad,
+        )
+        return [
+            Generated(
+                token_ids=ids,
+                finish_reason="stop" if stopped else "length",
+                prompt_tokens=len(prompt.input_ids),
+                image_tokens=prompt.image_tokens,
+            )
+            for prompt, (ids, stopped) in zip(batch, rows, strict=True)
+        ]
+
+    def postprocess(self, generated: Generated) -> str:
+        """The text of an answer, control tokens removed, stripped (contract A8)."""
+        return str(self._tokenizer.decode(generated.token_ids, skip_special_tokens=True)).strip()
+
+    def _collate(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Left-pad a batch to (B, T); patches of all images one after the other."""
+        length = max(len(prompt.input_ids) for prompt in batch)
+        padded = [_left_padded(prompt, length, self._pad) for prompt in batch]
+        mask = torch.zeros((len(batch), length), dtype=torch.int64)
+        for row, prompt in enumerate(batch):
+            mask[row, length - len(prompt.input_ids) :] = 1
+        inputs = {
+            "input_ids": torch.stack([prompt.input_ids for prompt in padded]),
+            "mm_token_type_ids": torch.stack([prompt.token_types for prompt in padded]),
+            "attention_mask": mask,
+            "pixel_values": torch.cat([prompt.pixel_values for prompt in batch]),
+            "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in batch]),
+        }
+        return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
+
+
+def _left_padded(prompt: Prompt, length: int, pad: int) -> Prompt:
+    missing = length - len(prompt.input_ids)
+    return replace(
+        prompt,
+        input_ids=torch.nn.functional.pad(prompt.input_ids, (missing, 0), value=pad),
+        token_types=torch.nn.functional.pad(prompt.token_types, (missing, 0), value=0),
+    )
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)

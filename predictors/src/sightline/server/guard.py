@@ -1,0 +1,220 @@
+"""What happens around every request: id, key, deadline, body limit, a leaving client, errors, one log line.
+
+The outermost layer of ours. Whatever goes wrong inside is answered here as a whole response, so that the connection
+stays usable; nothing propagates to uvicorn, which would close it.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sightline.errors import (
+    BadRequest,
+    InternalError,
+    InvalidApiKey,
+    InvalidParameter,
+    PayloadTooLarge,
+    SightlineError,
+)
+from sightline.server import metrics
+from sightline.server.keys import Keys
+from sightline.server.rendering import error_body, error_headers, translate
+from sightline.settings import ServerSettings
+from sightline.wire import REQUEST_ID_HEADER, TIMEOUT_HEADER, Context, Deadline
+
+log = logging.getLogger("sightline.access")
+
+# Probes cannot send keys. Everything else needs one, documentation and metrics too (contract B9).
+_OPEN = re.compile(r"/health|/v2/health/(live|ready)|/v2/models/[^/]+/ready")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_QUIET = re.compile(r"/metrics|/health|.*/(live|ready)")
+
+
+class Guard:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, keys: Keys) -> None:
+        self._app = app
+        self._settings = settings
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        response = _Response(send, request_id)
+        body = _Body(receive, self._settings.max_request_bytes)
+        try:
+            scope.setdefault("state", {})["context"] = self._context(scope, headers, request_id)
+            _check_length(headers, self._settings.max_request_bytes)
+            await _until_gone(self._app, scope, body, response)
+        except Exception as error:
+            await self._answer(scope, error, response, request_id)
+        finally:
+            _record(scope, response, request_id, time.monotonic() - started, is_gone=body.is_gone)
+
+    def _context(self, scope: Scope, headers: Headers, request_id: str) -> Context:
+        principal = self._keys.principal(_presented_key(headers))
+        if principal is None:
+            if not _OPEN.fullmatch(scope["path"]):
+                raise InvalidApiKey("Invalid API key")
+            principal = ""
+        traceparent = headers.get("traceparent", "")
+        return Context(
+            request_id=request_id,
+            deadline=Deadline.after(_seconds(headers, self._settings.deadline_seconds)),
+            principal=principal,
+            traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None,
+        )
+
+    async def _answer(self, scope: Scope, error: Exception, response: "_Response", request_id: str) -> None:
+        known = translate(error)
+        if known is None:
+            log.exception("bug request_id=%s path=%s", request_id, scope["path"], exc_info=error)
+            known = InternalError("Something went wrong on the server.")
+        elif known.status >= 500:
+            log.warning(
+                "%s request_id=%s: %s",
+                known.code,
+                request_id,
+                known.message,
+                exc_info=error.__cause__,
+            )
+        if response.status is not None:  # too late to say it
+            raise error
+        await response.send_json(known.status, error_body(scope["path"], known, request_id), error_headers(known))
+
+
+class _Response:
+    """`send` that adds the request id and remembers the status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status: int | None = None
+        self.is_complete = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)[REQUEST_ID_HEADER] = self._request_id
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.is_complete = True
+
+    async def send_json(self, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
+        data = orjson.dumps(body)
+        raw = {"content-type": "application/json", "content-length": str(len(data))} | headers
+        encoded = [(name.lower().encode(), value.encode()) for name, value in raw.items()]
+        await self({"type": "http.response.start", "status": status, "headers": encoded})
+        await self({"type": "http.response.body", "body": data})
+
+
+class _Body:
+    """`receive` that counts, and that keeps listening for the client's leaving while the application works."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._taken = 0
+        self._messages: asyncio.Queue[Message | SightlineError] = asyncio.Queue(maxsize=8)
+        self.is_gone = False
+
+    async def __call__(self) -> Message:
+        message = await self._messages.get()
+        if isinstance(message, SightlineError):
+            raise message
+        return message
+
+    async def pump(self, on_gone: Callable[[], object]) -> None:
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.is_gone = True
+                on_gone()
+                return
+            self._taken += len(message.get("body", b""))
+            if self._taken > self._limit:
+                await self._messages.put(_too_large(self._limit))
+                return
+            await self._messages.put(message)
+
+
+async def _until_gone(app: ASGIApp, scope: Scope, body: _Body, response: _Response) -> None:
+    """Run the application; when the client leaves before its answer is complete, cancel it."""
+    work = asyncio.ensure_future(app(scope, body, response))
+    pump = asyncio.create_task(body.pump(lambda: None if response.is_complete else work.cancel()))
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not body.is_gone:  # the server itself is being stopped
+            raise
+    finally:
+        pump.cancel()
+        if not work.done():
+            work.cancel()
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The request has more than {limit} bytes.", code="request_too_large")
+
+
+def _check_length(headers: Headers, limit: int) -> None:
+    length = headers.get("content-length")
+    if length is not None and length.isdigit() and int(length) > limit:
+        raise _too_large(limit)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get(REQUEST_ID_HEADER, "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _presented_key(headers: Headers) -> str | None:
+    key = headers.get("x-api-key")
+    if key is None:
+        scheme, _, value = headers.get("authorization", "").partition(" ")
+        key = value.strip() if scheme.lower() == "bearer" else None
+    return key
+
+
+def _seconds(headers: Headers, longest: float) -> float:
+    value = headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return longest
+    try:
+        milliseconds = float(value)
+    except ValueError as error:
+        raise BadRequest("X-Request-Timeout-Ms must be a number.") from error
+    if not milliseconds > 0:
+        raise InvalidParameter("X-Request-Timeout-Ms must be greater than 0.")
+    return min(milliseconds / 1000, longest)
+
+
+def _record(scope: Scope, response: _Response, request_id: str, seconds: float, *, is_gone: bool) -> None:
+    status = response.status if response.status is not None else (499 if is_gone else 500)
+    route = getattr(scope.get("route"), "path", None) or "unmatched"
+    metrics.REQUESTS.labels(scope["method"], route, str(status)).inc()
+    metrics.REQUEST_SECONDS.labels(route).observe(seconds)
+    level = logging.DEBUG if _QUIET.fullmatch(scope["path"]) else logging.INFO
+    log.log(
+        level,
+        "%s %s status=%s ms=%.1f request_id=%s",
+        scope["method"],
+        scope["path"],
+        status,
+        seconds * 1000,
+        request_id,
+    )

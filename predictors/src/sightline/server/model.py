@@ -1,0 +1,176 @@
+"""A service as a KServe `Model`: the four verbs, background loading, and a bound on what waits."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kserve import Model
+
+from sightline.errors import NotSupported, QueueFull, Unavailable
+from sightline.server import metrics
+from sightline.services.base import Service
+from sightline.services.describe import DescribeService
+from sightline.services.enhance import EnhanceService
+from sightline.services.pipeline import PipelineService
+from sightline.settings import DescribeSettings, EnhanceSettings, PipelineSettings, ServerSettings
+from sightline.wire import Context
+
+log = logging.getLogger("sightline.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What travels through the four verbs: wire requests, later what the service prepared, and the context."""
+
+    payload: Any
+    context: Context
+
+
+class Admission:
+    """A bound on items that are queued or running, taken before any work is done for them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items = 0
+        self._seconds_per_item = 1.0
+
+    @contextmanager
+    def admit(self, items: int) -> Iterator[None]:
+        """Hold permits for `items`. Raises QueueFull (429) with the time that the waiting ones will take.
+
+        An idle server takes a request of any size, so that a limit below the size of one call blocks nobody.
+        """
+        if self._items and self._items + items > self._limit:
+            raise QueueFull(
+                "Too many requests are waiting; try again later.",
+                retry_after=min(60.0, max(1.0, self._items * self._seconds_per_item)),
+            )
+        self._items += items
+        waiting_before = self._items
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._items -= items
+            # Little's law on the last request: it left after everything before it had been served.
+            measured = (time.monotonic() - started) / waiting_before
+            self._seconds_per_item += 0.2 * (measured - self._seconds_per_item)
+
+
+class PredictorModel(Model):
+    """One of our services behind KServe's data plane.
+
+    Live at once, ready when loaded: KServe registers only models that say `ready` at start, so `ready` is True from
+    the beginning, loading happens in `start_engine`, and `healthy` tells the truth (KServe 0.21, reference §1.1).
+    A load that fails ends the process.
+    """
+
+    settings_type: ClassVar[type[ServerSettings]]
+
+    def __init__(self, service: Service[Any, Any, Any], settings: ServerSettings) -> None:
+        super().__init__(service.name)
+        self.service = service
+        self.ready = True
+        self.engine = True
+        self.has_loaded = False
+        self._admission = Admission(settings.queue_size)
+        self._loading: asyncio.Task[None] | None = None
+
+    def load(self) -> bool:
+        """KServe calls this on the event loop when a model is not healthy; loading is under way already."""
+        return self.has_loaded
+
+    def start(self) -> None:
+        """KServe would set `ready` here."""
+
+    async def start_engine(self) -> None:
+        """Load in the background. Raises what loading raised, which ends the process with code 1."""
+        started = time.monotonic()
+        log.info("loading model=%s", self.name)
+        self._loading = asyncio.create_task(self.service.load())
+        try:
+            await self._loading
+        except asyncio.CancelledError:
+            log.info("loading was cut off model=%s", self.name)
+            return
+        self.has_loaded = True
+        seconds = time.monotonic() - started
+        metrics.LOAD_SECONDS.labels(self.name).set(seconds)
+        log.info("ready model=%s seconds=%.1f", self.name, seconds)
+
+    async def shut_down(self) -> None:
+        """Called once, after the last request was answered."""
+        self.has_loaded = False
+        if self._loading is not None and not self._loading.done():
+            self._loading.cancel()
+        await self.service.close()
+
+    async def healthy(self) -> bool:
+        """Whether requests can be answered."""
+        return self.has_loaded
+
+    def validate(self, payload: Any) -> Any:  # noqa: ANN401 - KServe's signature
+        """Our bodies were checked when they were parsed."""
+        return payload
+
+    async def run(self, requests: Sequence[Any], context: Context) -> Sequence[Any]:
+        """Requests in, results out, same length and order. Raises Unavailable (503), QueueFull (429)."""
+        if not self.has_loaded:
+            raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
+        with self._admission.admit(len(requests)), metrics.in_flight(self.name, len(requests)):
+            results, _ = await self(Call(requests, context))
+        return results
+
+    async def preprocess(self, payload: Any, headers: Any = None) -> Call:  # noqa: ANN401
+        """Fetch and decode; anything but a `Call` did not come by a route of ours."""
+        if not isinstance(payload, Call):
+            raise NotSupported("This protocol is not served yet.")
+        prepared = await self.service.preprocess(payload.payload, payload.context)
+        return Call(prepared, payload.context)
+
+    async def predict(self, payload: Call, headers: Any = None) -> Sequence[Any]:  # noqa: ANN401
+        """The model itself."""
+        return await self.service.predict(payload.payload, payload.context)
+
+    async def postprocess(self, result: Sequence[Any], headers: Any = None) -> Sequence[Any]:  # noqa: ANN401
+        """Results are wire types; each protocol renders them itself."""
+        metrics.observe(self.name, result)
+        return result
+
+
+class DescribeModel(PredictorModel):
+    """Qwen2-VL / Qwen2.5-VL."""
+
+    settings_type = DescribeSettings
+
+    def __init__(self, settings: DescribeSettings) -> None:
+        super().__init__(DescribeService(settings), settings)
+
+
+class EnhanceModel(PredictorModel):
+    """gpt-oss."""
+
+    settings_type = EnhanceSettings
+
+    def __init__(self, settings: EnhanceSettings) -> None:
+        super().__init__(EnhanceService(settings), settings)
+
+
+class PipelineModel(PredictorModel):
+    """The gateway in front of the two."""
+
+    settings_type = PipelineSettings
+
+    def __init__(self, settings: PipelineSettings) -> None:
+        super().__init__(PipelineService(settings), settings)
+
+
+MODELS: dict[str, type[PredictorModel]] = {
+    "describe": DescribeModel,
+    "enhance": EnhanceModel,
+    "pipeline": PipelineModel,
+}

@@ -1,0 +1,1 @@
+"""One file per contract: its routes, its defaults, its bodies. Nothing here imports kserve."""

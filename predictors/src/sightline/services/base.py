@@ -1,0 +1,212 @@
+"""What a service is: three verbs on wire types, its bodies in V1 and V2, and its own routes.
+
+The server (the only importer of kserve) wraps a `Service` into a KServe `Model`; the service never sees KServe.
+"""
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, cast
+
+from fastapi import APIRouter, Request
+
+from sightline import v2
+from sightline.errors import BadRequest, InvalidParameter
+from sightline.sources import parse_source
+from sightline.wire import (
+    MAX_IMAGES_PER_CALL,
+    MAX_PROMPT_CHARACTERS,
+    MAX_TOKENS_CEILING,
+    Context,
+    ImageSource,
+    ModelInfo,
+    Sampling,
+)
+
+Req = TypeVar("Req")
+Prepared = TypeVar("Prepared")
+Res = TypeVar("Res")
+
+Json = dict[str, Any]
+Run = Callable[[Sequence[Any], Context], Awaitable[Sequence[Any]]]
+"""Requests in, results out, same length and order, through the three verbs of the served model."""
+
+
+class Service(Protocol[Req, Prepared, Res]):
+    """One of the five services, or the gateway.
+
+    name      the model name in the KServe routes
+    inputs    its V2 inputs
+    outputs   its V2 outputs
+    """
+
+    name: str
+    inputs: tuple[v2.TensorSpec, ...]
+    outputs: tuple[v2.TensorSpec, ...]
+
+    async def load(self) -> None:
+        """Make ready to serve; may take minutes; runs while the server already answers health checks.
+
+        Raises anything when the model cannot be served; the process then exits with code 1.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release what `load` took. Called once, after the last request has been answered."""
+        ...
+
+    async def preprocess(self, requests: Sequence[Req], context: Context) -> Prepared:
+        """Fetch and decode everything; raises 4xx errors before the model sees anything."""
+        ...
+
+    async def predict(self, prepared: Prepared, context: Context) -> Sequence[Res]:
+        """One result for each request, in order."""
+        ...
+
+    def from_v1(self, body: Mapping[str, object]) -> Sequence[Req]: ...
+    def to_v1(self, results: Sequence[Res]) -> Json: ...
+    def from_v2(self, request: v2.InferRequest) -> Sequence[Req]: ...
+    def to_v2(self, results: Sequence[Res]) -> v2.InferResponse: ...
+
+    def metadata(self) -> dict[str, v2.Scalar]:
+        """What V2 metadata says beside the tensors once loaded: model, model_revision, demo_model, device, …"""
+        ...
+
+    def router(self, run: Run) -> APIRouter:
+        """The service's own routes; each hands its requests to `run`."""
+        ...
+
+
+def context_of(request: Request) -> Context:
+    """The context that the server's outermost layer gave to this request."""
+    return cast("Context", request.state.context)
+
+
+def demo_fields(model: ModelInfo) -> Json:
+    """The two fields that every answer of a demonstration model carries; nothing for a real one."""
+    return {"demo_model": True, "model": model.name} if model.demo else {}
+
+
+def sampling_of(options: Mapping[str, object], defaults: Sampling) -> Sampling:
+    """Read max_tokens, temperature, top_p and seed; absent or null means the default.
+
+    Raises InvalidParameter (422) on a wrong type or range (contract B5, B6).
+    """
+    sampling = defaults
+    tokens = options.get("max_tokens", options.get("max_new_tokens"))
+    if tokens is not None:
+        sampling = replace(
+            sampling,
+            max_tokens=int(_number("max_tokens", tokens, 1, MAX_TOKENS_CEILING, whole=True)),
+        )
+    if (temperature := options.get("temperature")) is not None:
+        sampling = replace(sampling, temperature=_number("temperature", temperature, 0, 2))
+    if (top_p := options.get("top_p")) is not None:
+        value = _number("top_p", top_p, 0, 1)
+        if value == 0:
+            raise InvalidParameter("top_p must be greater than 0 and at most 1.")
+        sampling = replace(sampling, top_p=value)
+    if (seed := options.get("seed")) is not None:
+        sampling = replace(sampling, seed=int(_number("seed", seed, 0, 2**63 - 1, whole=True)))
+    return sampling
+
+
+def _number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> float:
+    fault = InvalidParameter(f"{name} must be {'a whole number' if whole else 'a number'} from {low:g} to {high:g}.")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise fault
+    if not math.isfinite(value) or not low <= value <= high or (whole and value != int(value)):
+        raise fault
+    return value
+
+
+def flag_of(options: Mapping[str, object], name: str) -> bool | None:
+    """A boolean option; None when absent or null. Raises InvalidParameter (422) on another type."""
+    value = options.get(name)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in {
+        "true",
+        "1",
+        "yes",
+        "on",
+        "false",
+        "0",
+        "no",
+        "off",
+    }:
+        return value.lower() in {"true", "1", "yes", "on"}  # form fields are text
+    raise InvalidParameter(f"{name} must be true or false.")
+
+
+def prompt_of(value: object, name: str = "prompt") -> str | None:
+    """A text option; None when absent, null or blank. Raises InvalidParameter (422) when too long."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidParameter(f"{name} must be text.")
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        raise InvalidParameter(f"{name} must have at most {MAX_PROMPT_CHARACTERS} characters.")
+    return value if value.strip() else None
+
+
+def instances_of(body: Mapping[str, object]) -> Sequence[object]:
+    """The `instances` of a V1 body. Raises BadRequest (400)."""
+    instances = body.get("instances")
+    if not isinstance(instances, list) or not instances:
+        raise BadRequest("'instances' must be a list with at least one entry.")
+    entries = cast("Sequence[object]", instances)
+    if len(entries) > MAX_IMAGES_PER_CALL:
+        raise BadRequest(f"At most {MAX_IMAGES_PER_CALL} instances a call.", code="too_many_items")
+    return entries
+
+
+def image_of(instance: object) -> tuple[ImageSource, Mapping[str, object]]:
+    """The image of one V1 instance and its other fields.
+
+    An instance is text (base64, data URI, URL, s3://), `{"b64": …}`, or an object whose `image`, `image_url`,
+    `s3_uri` or `image_bytes` is one of these. Raises BadRequest (400).
+    """
+    if isinstance(instance, str):
+        return parse_source(instance), {}
+    if isinstance(instance, dict):
+        fields = cast("Mapping[str, object]", instance)
+        for key in ("image", "image_url", "s3_uri", "image_bytes", "b64"):
+            value = fields.get(key)
+            if isinstance(value, dict):
+                value = cast("Mapping[str, object]", value).get("b64")
+            if isinstance(value, str) and value:
+                return parse_source(value), fields
+    raise BadRequest(
+        "An instance needs an image: base64, a data URI, an allowed URL or s3://.",
+        code="image_missing",
+    )
+
+
+def images_of(request: v2.InferRequest) -> tuple[ImageSource, ...]:
+    """The elements of the V2 input `image`. Raises BadRequest (400)."""
+    tensor = request.input("image")
+    if tensor is None:
+        raise BadRequest("The input 'image' is missing.", code="image_missing")
+    elements = tensor.elements()
+    if not 1 <= len(elements) <= MAX_IMAGES_PER_CALL:
+        raise BadRequest(f"'image' must hold 1 to {MAX_IMAGES_PER_CALL} elements.", code="too_many_items")
+    return tuple(parse_source(element) for element in elements)
+
+
+def spread(texts: Sequence[str] | None, count: int, name: str) -> Sequence[str | None]:
+    """`count` entries from a V2 text input of one element, of `count` elements, or absent."""
+    if texts is None:
+        return [None] * count
+    if len(texts) == 1:
+        return [texts[0]] * count
+    if len(texts) != count:
+        raise BadRequest(f"'{name}' must hold one element, or one for each image.", code="invalid_tensor")
+    return texts
+
+
+def reject_unknown_inputs(request: v2.InferRequest, specs: Sequence[v2.TensorSpec]) -> None:
+    """Raises BadRequest (400) when the request has an input that the model does not."""
+    known = {spec.name for spec in specs}
+    if any(tensor.name not in known for tensor in request.inputs):
+        raise BadRequest(f"The inputs of this model are: {', '.join(sorted(known))}.", code="unknown_input")

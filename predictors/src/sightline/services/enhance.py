@@ -1,0 +1,176 @@
+"""Contract D9: a caption to fuller prose by gpt-oss; the level is the model's own reasoning effort."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from fastapi import APIRouter
+
+from sightline import v2
+from sightline.errors import BadRequest, InvalidParameter, SightlineError
+from sightline.services.base import (
+    Json,
+    Run,
+    demo_fields,
+    instances_of,
+    prompt_of,
+    reject_unknown_inputs,
+    sampling_of,
+)
+from sightline.services.generation import Generation, completion, gather, parameters_of, usage_json
+from sightline.settings import EnhanceSettings
+from sightline.wire import (
+    MAX_IMAGES_PER_CALL,
+    Completion,
+    Context,
+    EnhanceRequest,
+    ReasoningLevel,
+    Sampling,
+)
+
+if TYPE_CHECKING:
+    from sightline.models.gpt_oss.model import GptOss
+
+
+class NoFinalAnswer(SightlineError):
+    """The model reasoned but never came to an answer. With `length` a larger max_tokens may help: 422."""
+
+    status = 422
+    default_code = "no_final_answer"
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    prompts: tuple[tuple[Any, Sampling], ...]
+    started: float
+
+
+class EnhanceService:
+    """The `enhance` predictor."""
+
+    inputs = (v2.TensorSpec("text", "BYTES", (-1,)),)
+    outputs = (v2.TensorSpec("text", "BYTES", (-1,)),)
+
+    def __init__(self, settings: EnhanceSettings) -> None:
+        self.name = settings.model_name
+        self._settings = settings
+        self._defaults = Sampling(max_tokens=settings.max_tokens)
+        self._generation: Generation[GptOss] = Generation(self._load_model, max_batch=settings.max_batch, threads=1)
+
+    def _load_model(self) -> "GptOss":
+        from sightline.models.gpt_oss.model import GptOss
+
+        return GptOss(self._settings)
+
+    async def load(self) -> None:
+        await self._generation.start()
+
+    async def close(self) -> None:
+        await self._generation.close()
+
+    def metadata(self) -> dict[str, v2.Scalar]:
+        """What the model's V2 metadata says beside its tensors; empty before it is loaded."""
+        model = self._generation.model
+        return {
+            "model": model.info.name,
+            "model_revision": model.info.revision,
+            "demo_model": model.info.demo,
+            "backend": model.runtime.backend,
+            "device": model.runtime.device,
+            "dtype": model.runtime.dtype,
+            "reasoning_level": self._settings.reasoning_level,
+        }
+
+    async def preprocess(self, requests: Sequence[EnhanceRequest], context: Context) -> _Prepared:
+        started = time.monotonic()
+        model = self._generation.model
+        default: ReasoningLevel = self._settings.reasoning_level
+        prompts = await gather(
+            self._generation.in_pool(partial(model.preprocess, request.caption, request.level or default))
+            for request in requests
+        )
+        samplings = [request.sampling for request in requests]
+        return _Prepared(tuple(zip(prompts, samplings, strict=True)), started)
+
+    async def predict(self, prepared: _Prepared, context: Context) -> list[Completion]:
+        model = self._generation.model
+        completions: list[Completion] = []
+        for generated in await self._generation.generate_all(prepared.prompts, context):
+            text, answer = model.postprocess(generated)
+            if text is None:
+                raise _no_final(generated.finish_reason)
+            completions.append(completion(text, generated, model.info, prepared.started, answer.reasoning_tokens))
+        return completions
+
+    def from_v1(self, body: Mapping[str, object]) -> list[EnhanceRequest]:
+        return [self._from_instance(instance) for instance in instances_of(body)]
+
+    def to_v1(self, results: Sequence[Completion]) -> Json:
+        return {
+            "predictions": [
+                {"text": item.text, "finish_reason": item.finish_reason, "usage": usage_json(item)}
+                | demo_fields(item.model)
+                for item in results
+            ]
+        } | demo_fields(results[0].model)
+
+    def from_v2(self, request: v2.InferRequest) -> list[EnhanceRequest]:
+        reject_unknown_inputs(request, self.inputs)
+        tensor = request.input("text")
+        if tensor is None:
+            raise BadRequest("The input 'text' is missing.", code="text_missing")
+        texts = tensor.texts()
+        if not 1 <= len(texts) <= MAX_IMAGES_PER_CALL:
+            raise BadRequest(f"'text' must hold 1 to {MAX_IMAGES_PER_CALL} elements.", code="too_many_items")
+        sampling = sampling_of(request.parameters, self._defaults)
+        level = level_of(request.parameters.get("reasoning_level"))
+        return [EnhanceRequest(_caption(text), level, sampling) for text in texts]
+
+    def to_v2(self, results: Sequence[Completion]) -> v2.InferResponse:
+        return v2.InferResponse(
+            model_name=self.name,
+            outputs=(v2.Tensor.of_texts("text", [item.text for item in results]),),
+            parameters=parameters_of(results),
+        )
+
+    def router(self, run: Run) -> APIRouter:
+        """No routes of its own: the enhancer is reached by V1 and V2."""
+        return APIRouter()
+
+    def _from_instance(self, instance: object) -> EnhanceRequest:
+        if isinstance(instance, str):
+            return EnhanceRequest(_caption(instance), None, self._defaults)
+        if not isinstance(instance, dict):
+            raise BadRequest("An instance needs a text.", code="text_missing")
+        fields = cast("Mapping[str, object]", instance)
+        return EnhanceRequest(
+            _caption(fields.get("text", fields.get("caption"))),
+            level_of(fields.get("reasoning_level")),
+            sampling_of(fields, self._defaults),
+        )
+
+
+def level_of(value: object) -> ReasoningLevel | None:
+    """A reasoning level; None when absent. Raises InvalidParameter (422) on an unknown one."""
+    if value is None:
+        return None
+    if value not in get_args(ReasoningLevel):
+        raise InvalidParameter("reasoning_level must be low, medium or high.")
+    return cast("ReasoningLevel", value)
+
+
+def _caption(value: object) -> str:
+    caption = prompt_of(value, "text")
+    if caption is None:
+        raise BadRequest("The text to enhance is missing or blank.", code="text_missing")
+    return caption
+
+
+def _no_final(finish_reason: str) -> NoFinalAnswer:
+    if finish_reason == "length":
+        return NoFinalAnswer(
+            "The model used up max_tokens before its final answer (length); raise max_tokens or lower reasoning_level."
+        )
+    return NoFinalAnswer("The model stopped without a final answer (stop).")

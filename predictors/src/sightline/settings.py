@@ -1,0 +1,258 @@
+"""One frozen configuration per process: flag, then environment, then `.env`, then the default written here.
+
+Built in `main`, shown by `--help`, printed once at start with secrets hidden, and handed down. The names of the five
+older services (contracts A10, D5, …) are understood as aliases.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from sightline.wire import DEFAULT_PROMPT, ReasoningLevel
+
+MEBIBYTE = 1024 * 1024
+TINY = Path(__file__).parent / "tiny"
+
+CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+
+def _split(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        protected_namespaces=(),
+    )
+
+
+class ImageSettings(_Settings):
+    """Where images may come from and how large they may be; the same for every route of every predictor."""
+
+    max_image_bytes: int = Field(20 * MEBIBYTE, gt=0, description="Bytes of one encoded image.")
+    max_pixels: int = Field(40_000_000, gt=0, description="Pixels of one decoded image, read from its header first.")
+    min_side: int = Field(3, gt=0, description="Pixels of the shorter side.")
+    max_aspect: float = Field(200, ge=1, description="Longer side over shorter side.")
+    decode_threads: int = Field(2, gt=0, description="Threads that decode images.")
+
+    url_hosts: CommaSeparated = Field(
+        (),
+        description="Host globs that image URLs may name, comma-separated. Empty: URLs are refused.",
+    )
+    url_allow_http: bool = Field(False, description="Allow http:// beside https:// URLs.")
+    url_allow_private: bool = Field(
+        False, description="Allow addresses that are not global. For tests on loopback only."
+    )
+    url_max_redirects: int = Field(
+        0, ge=0, le=3, description="Redirects to follow; each hop is checked like the first."
+    )
+    url_connect_seconds: float = Field(3, gt=0)
+    url_total_seconds: float = Field(10, gt=0)
+
+    s3_buckets: CommaSeparated = Field(
+        ("*",),
+        description="Bucket globs that s3:// URIs may name, comma-separated. Empty: refused.",
+    )
+    s3_endpoint_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("s3_endpoint_url", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        description="Endpoint of an S3-compatible store; default: AWS.",
+    )
+    s3_path_style: bool = Field(False, description="Path-style addressing; always on when an endpoint URL is given.")
+    aws_region: str | None = Field(
+        None, validation_alias=AliasChoices("aws_region", "AWS_REGION", "AWS_DEFAULT_REGION")
+    )
+    s3_connect_seconds: float = Field(3, gt=0)
+    s3_total_seconds: float = Field(30, gt=0)
+
+    image_root: Path | None = Field(
+        None, description="Folder below which server paths may be read. None: paths are refused."
+    )
+
+    _lists = field_validator("url_hosts", "s3_buckets", mode="before")(_split)
+
+
+class ServerSettings(ImageSettings):
+    """What every server has: its address, its keys and its limits."""
+
+    host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104 - a container's own
+    port: int = Field(8080, ge=1, le=65_535)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+
+    auth: Literal["api-key", "off"] = Field(
+        "api-key",
+        description="`off` must be said by name; without keys the server refuses to start.",
+    )
+    api_keys: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("api_keys", "API_KEY"),
+        description="Accepted keys, comma-separated.",
+    )
+    api_key_file: Path | None = Field(
+        None, description="File with one accepted key a line, read again when it changes."
+    )
+
+    max_request_bytes: int = Field(100 * MEBIBYTE, gt=0)
+    max_parts: int = Field(32, gt=0, description="Multipart parts of one request.")
+    queue_size: int = Field(64, gt=0, description="Requests that may wait; one more is 429.")
+    deadline_seconds: float = Field(
+        120, gt=0, description="A request may ask for less by X-Request-Timeout-Ms, never for more."
+    )
+    grace_seconds: int = Field(30, gt=0, description="Seconds that running requests get after SIGTERM.")
+
+    @model_validator(mode="after")
+    def _auth_is_decided(self) -> Self:
+        if self.auth == "api-key" and not (self.api_keys or self.api_key_file):
+            raise ValueError(
+                "no API key configured: set API_KEY or API_KEY_FILE, or switch authentication off with AUTH=off"
+            )
+        return self
+
+
+class EngineSettings(ServerSettings):
+    """What every server that holds a model has."""
+
+    revision: str | None = Field(None, description="Hub revision (commit) of the model.")
+    cache_dir: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("cache_dir", "HUGGINGFACE_CACHE_DIR"),
+        description="Where hub downloads are kept.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="CUDA when present, else CPU.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the type the checkpoint was saved in."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the model; 0: from the CPU quota.")
+    max_batch: int = Field(8, gt=0, description="Waiting requests that may share one forward pass.")
+
+
+class DescribeSettings(EngineSettings):
+    """The `describe` predictor: Qwen2-VL or Qwen2.5-VL."""
+
+    model_name: str = Field("describe", description="Name in the KServe routes.")
+    model: str = Field(
+        str(TINY / "describe"),
+        validation_alias=AliasChoices("model", "QWEN_MODEL_NAME", "VLM_MODEL_ID"),
+        description="Hub id or folder; the small demonstration model by default.",
+    )
+    load_8bit: bool = Field(
+        False,
+        validation_alias=AliasChoices("load_8bit", "VLM_LOAD_8BIT"),
+        description="bitsandbytes 8-bit weights; needs the extra `bnb`.",
+    )
+    max_memory_gpu: str | None = Field(None, validation_alias=AliasChoices("max_memory_gpu", "QWEN_MAX_MEMORY_GPU"))
+    max_memory_cpu: str | None = Field(None, validation_alias=AliasChoices("max_memory_cpu", "QWEN_MAX_MEMORY_CPU"))
+    prompt: str = Field(DEFAULT_PROMPT, description="Used when a request has none.")
+    max_tokens: int = Field(256, gt=0, le=4096, description="New tokens when a request says nothing.")
+    max_width: int = Field(
+        512,
+        ge=28,
+        description="Wider images are resized to this width; the height is bounded by twice it.",
+    )
+    job_store: str | None = Field(
+        None,
+        description="Where asynchronous runs are kept: memory://, file:///folder or s3://bucket/prefix; "
+        "default: a folder of this user. Replicas that share it answer for each other.",
+    )
+    job_ttl_seconds: float = Field(1800, gt=0, description="How long a finished run can be asked for.")
+    job_timeout_seconds: float = Field(600, gt=0, description="A run that takes longer is TIMED_OUT.")
+
+
+class EnhanceSettings(EngineSettings):
+    """The `enhance` predictor: gpt-oss."""
+
+    model_name: str = Field("enhance", description="Name in the KServe routes.")
+    model: str = Field(
+        str(TINY / "enhance"),
+        validation_alias=AliasChoices("model", "GPT_OSS_MODEL_ID"),
+        description="Hub id or folder; the small demonstration model by default.",
+    )
+    reasoning_level: ReasoningLevel = Field(
+        "low",
+        validation_alias=AliasChoices("reasoning_level", "GPT_OSS_REASONING_LEVEL"),
+        description="Used when a request names none.",
+    )
+    max_tokens: int = Field(
+        1024,
+        gt=0,
+        le=4096,
+        description="New tokens, reasoning included, when a request says nothing.",
+    )
+
+
+class PipelineSettings(ServerSettings):
+    """The `pipeline` gateway: caption, then enhance."""
+
+    model_name: str = Field("pipeline", description="Name in the KServe routes.")
+    describe_url: str = Field("http://127.0.0.1:8081", description="Base URL of the caption step.")
+    describe_model: str = Field("describe", description="Its model name in the V2 routes.")
+    enhance_url: str | None = Field(None, description="Base URL of the enhance step; None: the pipeline only captions.")
+    enhance_model: str = Field("enhance", description="Its model name in the V2 routes.")
+    step_api_key: SecretStr | None = Field(None, description="Key that the two steps want.")
+    enhance_by_default: bool = Field(
+        True,
+        validation_alias=AliasChoices("enhance_by_default", "USE_GPT_OSS"),
+        description="What happens when a request does not say use_gpt_oss.",
+    )
+    reasoning_level: ReasoningLevel = Field(
+        "low", validation_alias=AliasChoices("reasoning_level", "GPT_OSS_REASONING_LEVEL")
+    )
+    caption_tokens: int = Field(128, gt=0, le=4096, description="New tokens of a caption.")
+    enhance_tokens: int = Field(1024, gt=0, le=4096, description="New tokens of an enhancement.")
+    enhance_timeout_seconds: float = Field(
+        60, gt=0, description="Past this the caption is returned without enhancement."
+    )
+    max_concurrency: int = Field(32, gt=0, description="Chains that run at once; more wait.")
+
+
+S = TypeVar("S", bound=_Settings)
+
+
+def load(cls: type[S], argv: Sequence[str] = (), *, prog: str = "sightline") -> S:
+    """Build the settings of one process from flags, environment and `.env`.
+
+    Raises SystemExit(2) with one line per fault on bad values, SystemExit(0) after `--help`.
+    """
+    from pydantic import ValidationError
+    from pydantic_settings import CliSettingsSource
+
+    source = CliSettingsSource[S](cls, cli_prog_name=prog, cli_parse_args=list(argv))
+    try:
+        return cls(_cli_settings_source=source)  # type: ignore[call-arg]
+    except ValidationError as error:
+        lines = [
+            f"{prog}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
+        ]
+        raise SystemExit("\n".join(lines)) from error
+
+
+def shown(settings: _Settings) -> dict[str, object]:
+    """The settings as they may be printed: secrets hidden."""
+    return settings.model_dump(mode="json")
+
+
+def cpu_quota() -> int:
+    """CPUs this process may really use: the smaller of its affinity and its cgroup quota, at least 1."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # cgroup v2
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cpus)

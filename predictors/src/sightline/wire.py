@@ -1,0 +1,174 @@
+"""What goes over the wire, as types: image sources in, completions out, the same for every protocol.
+
+Bodies are parsed into these once, at the door; after that nobody sees JSON. Everything is frozen, plain and light.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sightline.errors import DeadlineExceeded
+
+ReasoningLevel = Literal["low", "medium", "high"]
+FinishReason = Literal["stop", "length"]
+
+DEFAULT_PROMPT = "Describe this image in detail"
+"""Contract A4."""
+
+CREATIVE_SEARCH_PROMPT = (
+    "Write one stand-alone English sentence of about 30 to 50 words that describes this image for people "
+    "who search for pictures. Name a person, brand, work or place only when you are certain. "
+    "No hashtags, no opinions, no camera data."
+)
+"""Contract D7: the preset `creative-search`."""
+
+SHORT_PROMPT = "Describe this image in one short sentence."
+"""Contract D2: `detailed: false`."""
+
+PRESETS: Mapping[str, str] = {
+    "detailed": DEFAULT_PROMPT,
+    "creative-search": CREATIVE_SEARCH_PROMPT,
+    "short": SHORT_PROMPT,
+}
+
+MAX_PROMPT_CHARACTERS = 8_192
+MAX_TOKENS_CEILING = 4_096
+MAX_IMAGES_PER_CALL = 32
+
+REQUEST_ID_HEADER = "x-request-id"
+TIMEOUT_HEADER = "x-request-timeout-ms"
+"""Milliseconds that are left of the caller's one deadline.
+
+What travels is the remainder, not a wall-clock time, so that two machines need not agree on the hour.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBytes:
+    """An encoded image (JPEG, PNG, …) that came with the request. `filename` is what the client called it."""
+
+    data: bytes = field(repr=False)
+    filename: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUrl:
+    """An `https://` (or, when allowed, `http://`) address, not yet checked against the policy."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageS3:
+    """`s3://bucket/key`, not yet checked against the policy."""
+
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePath:
+    """A path below the server's mounted image root, as the client wrote it, not yet checked."""
+
+    path: str
+
+
+ImageSource = ImageBytes | ImageUrl | ImageS3 | ImagePath
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. temperature 0 is greedy; then top_p and seed have no effect."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model answered.
+
+    name      the model's own name, never that of the model it imitates
+    revision  commit of a hub model, or the first 12 hex digits of the SHA-256 of its weights
+    demo      True for the small checkpoints in the repository
+    """
+
+    name: str
+    revision: str
+    demo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one completion. `image_tokens` (part of `prompt_tokens`) proves that the model saw the image."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    image_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer of a generating model. `milliseconds` counts queue, preprocessing and generation."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    model: ModelInfo
+    milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DescribeRequest:
+    """One image to describe. `prompt` None or blank means the predictor's default."""
+
+    image: ImageSource
+    prompt: str | None = None
+    sampling: Sampling = Sampling()
+    max_width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EnhanceRequest:
+    """One caption to turn into fuller prose. `level` None means the predictor's default."""
+
+    caption: str
+    level: ReasoningLevel | None = None
+    sampling: Sampling = Sampling(max_tokens=1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """One absolute moment on this process's monotonic clock by which the client wants its answer."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> "Deadline":
+        return cls(time.monotonic() + seconds)
+
+    def remaining(self) -> float:
+        """Seconds left, negative when past."""
+        return self.at - time.monotonic()
+
+    def check(self) -> None:
+        """Raise DeadlineExceeded (504) when past."""
+        if self.remaining() <= 0:
+            raise DeadlineExceeded("The deadline of this request has passed.")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What travels with a request beside its content.
+
+    principal    which API key sent it, as a short digest; empty when authentication is off
+    traceparent  the caller's W3C trace context, handed on as it came
+    """
+
+    request_id: str
+    deadline: Deadline
+    principal: str = ""
+    traceparent: str | None = None
