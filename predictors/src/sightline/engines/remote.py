@@ -1,14 +1,16 @@
-"""A model behind somebody else's HTTP: one V2 call with the binary extension, bounded in time, size and repetition.
+"""A model behind somebody else's HTTP: one V2 call, bounded in time, size and repetition.
 
     caption or image ──render_request──▶ POST /v2/models/<m>/infer ──parse_response──▶ Completion
 
-A call that cannot have started (no connection) or was turned away (502 of a proxy, 503) is repeated at most twice
-while the deadline allows; after the first byte of any other answer it never is. A step that keeps failing is left
-alone for a while by its circuit breaker, so that nobody waits for a model that is known to be down. Every failure is
-one of `sightline.errors`; no text of httpx reaches a client.
+A call that cannot have started (no connection) or was turned away (502 of a proxy, 503) is repeated
+at most twice while the deadline allows; after the first byte of any other answer it never is. A
+step that keeps failing is left alone for a while by its circuit breaker, so that nobody waits for a
+model that is known to be down. Every failure is one of `sightline.errors`; no text of httpx reaches
+a client.
 """
 
 import asyncio
+import logging
 import random
 import re
 import time
@@ -46,13 +48,15 @@ from sightline.wire import (
     Usage,
 )
 
+logger = logging.getLogger(__name__)
+
 StepName = Literal["caption", "enhance"]
 Outcome = Literal["answered", "failed", "abandoned"]
 Sleep = Callable[[float], Awaitable[object]]
 
 CONNECT_SECONDS = 3.0
 KEEPALIVE_SECONDS = 2.0
-"""Idle connections are dropped before uvicorn drops them (5 s), else a request can meet a closing connection."""
+"""Less than uvicorn keeps an idle connection (5 s), so that no request meets a closing one."""
 
 MAX_RETRIES = 2
 BACKOFF_SECONDS = 0.1
@@ -76,8 +80,8 @@ class CircuitBreaker:
     max_failures  consecutive failures that open it
     open_seconds  how long nobody is let through, then one
 
-    Each change of state starts a new generation; outcomes of calls that were admitted in an older one are ignored.
-    For one event loop; it takes no locks.
+    Each change of state starts a new generation; outcomes of calls that were admitted in an older
+    one are ignored. For one event loop; it takes no locks.
     """
 
     def __init__(
@@ -176,7 +180,8 @@ class _Fault:
 class RemoteStep:
     """One model of another process, called by V2. The client stays the caller's to close.
 
-    step    its place in the chain; names the codes `caption_step_unavailable`, `enhance_step_unavailable`
+    step    its place in the chain; names the codes `caption_step_unavailable`,
+            `enhance_step_unavailable`
     sleep   takes the pauses between attempts, in seconds
     jitter  a number from 0 to 1 for each pause
     """
@@ -204,9 +209,9 @@ class RemoteStep:
     async def describe(self, image: ImageBytes, prompt: str | None, sampling: Sampling, context: Context) -> Completion:
         """Describe an encoded image.
 
-        Raises the predictor's own error where it speaks our language (4xx, 429, 5xx with a code); UpstreamFailed
-        (502) on nonsense; Unavailable (503) when it cannot be reached, is not ready or is left alone by the breaker;
-        DeadlineExceeded (504).
+        Raises the predictor's own error where it speaks our language (4xx, 429, 5xx with a code);
+        UpstreamFailed (502) on nonsense; Unavailable (503) when it cannot be reached, is not ready
+        or is left alone by the breaker; DeadlineExceeded (504).
         """
         inputs = [v2.Tensor.of_bytes("image", [image.data])]
         if prompt is not None:
@@ -243,7 +248,8 @@ class RemoteStep:
     async def _infer(self, inputs: list[v2.Tensor], parameters: dict[str, v2.Scalar], context: Context) -> Completion:
         request = v2.InferRequest(tuple(inputs), parameters, id=context.request_id)
         body, header_length = v2.render_request(request)
-        for retry in range(MAX_RETRIES + 1):
+        retry = 0
+        while True:
             context.deadline.check()
             outcome = await self._attempt(body, header_length, context)
             if isinstance(outcome, Completion):
@@ -252,8 +258,16 @@ class RemoteStep:
             is_last = retry == MAX_RETRIES or not outcome.may_retry or self.breaker.retry_after() > 0
             if is_last or pause > MAX_PAUSE_SECONDS or pause >= context.deadline.remaining():
                 raise outcome.error from outcome.cause
+            retry += 1
+            logger.info(
+                "retry step=%s number=%d pause_ms=%.0f code=%s request_id=%s",
+                self._step,
+                retry,
+                pause * 1000,
+                outcome.error.code,
+                context.request_id,
+            )
             await self._sleep(pause)
-        raise AssertionError("unreachable")
 
     async def _attempt(self, body: bytes, header_length: int | None, context: Context) -> Completion | _Fault:
         """One call, and its outcome told to the breaker, whichever way it ends."""
@@ -276,7 +290,10 @@ class RemoteStep:
             )
         finally:
             is_late = outcome == "abandoned" and context.deadline.remaining() <= 0
+            before = self.breaker.state
             self.breaker.record(permit, "failed" if is_late and given >= PATIENCE_SECONDS else outcome)
+            if (after := self.breaker.state) != before:
+                logger.warning("breaker step=%s from=%s to=%s", self._step, before, after)
 
     async def _post(self, body: bytes, header_length: int | None, context: Context) -> Completion | _Fault:
         """Send once and read the whole answer; the caller bounds the time of all of it."""
@@ -321,8 +338,9 @@ class RemoteStep:
     def _refusal(self, response: httpx.Response, content: bytes | None) -> _Fault:
         """What an answer other than 200 means.
 
-        A body with a `code` was said by the predictor itself, about this request; without one it comes from
-        something in between. So a 502 or 504 with a code is an answer, and one without is an outage.
+        A body with a `code` was said by the predictor itself, about this request; without one it
+        comes from something in between. So a 502 or 504 with a code is an answer, and one without
+        is an outage.
         """
         status = response.status_code
         code, message = _spoken(content)

@@ -1,0 +1,78 @@
+"""The README's commands are the ones that run."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, Server
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHELL = [block for kind, block in BLOCKS if kind == "sh"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """A folder in which the README's paths hold."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def on_ports(text: str, chain_servers: dict[str, Server]) -> str:
+    for documented, name in (("8080", "pipeline"), ("8081", "describe"), ("8082", "enhance")):
+        text = text.replace(f"127.0.0.1:{documented}", f"127.0.0.1:{chain_servers[name].port}")
+    return text
+
+
+def test_its_two_commands_are_make_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    assert SHELL[0].strip() == "make demo"
+    assert SHELL[1].strip() == "make test"
+    for target in re.findall(r"make ([a-z]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert SHELL[1].strip() in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_its_shell_blocks_are_answered_as_written(folder, chain_servers):
+    if shutil.which("curl") is None:
+        pytest.skip("no curl")
+    for line in "".join(SHELL[2:]).splitlines():
+        done = subprocess.run(
+            ["bash", "-c", on_ports(line, chain_servers).replace("sightline caption", f"sightline caption --url {chain_servers['pipeline'].url}")],
+            cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        if "curl" in line:
+            answer = json.loads(done.stdout)
+            assert not {"detail", "error"} & set(answer), f"{line}\n{answer}"
+            assert answer.get("demo_model") or "ok" in answer or answer["parameters"]["demo_model"]
+        else:
+            assert done.stdout.strip(), line
+
+
+def test_its_python_block_runs(folder, chain_servers):
+    (block,) = [block for kind, block in BLOCKS if kind == "python"]
+    done = subprocess.run(
+        [sys.executable, "-c", on_ports(block, chain_servers)],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "->" in done.stdout
+
+
+def test_its_links_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in link or (ROOT / link).exists(), link
+
+
+def test_it_quotes_the_measured_accuracy():
+    table = (ROOT / "docs" / "accuracy.md").read_text().split("Mistakes:")[0].split("\n", 2)[2].strip()
+    assert table in README
