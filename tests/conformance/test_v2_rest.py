@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+from typing import ClassVar
 
 import httpx
 import numpy as np
@@ -145,7 +146,7 @@ class TestTriton:
 
     def test_errors_can_be_read_by_the_client(self, describe):
         client = describe_client(describe)
-        with pytest.raises(InferenceServerException, match="not an image|image"):
+        with pytest.raises(InferenceServerException, match=r"not an image|image"):
             client.infer("describe", [bytes_input("image", b"\x89PNG\r\n\x1a\nnot", binary=True)])
         with pytest.raises(InferenceServerException, match="No such model"):
             client.infer("nothing", [bytes_input("image", b"x", binary=True)])
@@ -206,7 +207,7 @@ class TestV1:
 
 
 class TestFaults:
-    BODIES = {
+    BODIES: ClassVar = {
         "no JSON": b"{",
         "no inputs": b"{}",
         "empty inputs": b'{"inputs": []}',

@@ -1,7 +1,9 @@
 """Contract A, row by row: the describe service's own routes."""
 
 import base64
+import io
 import json
+import random
 import signal
 import uuid
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 from sightline.wire import DEFAULT_PROMPT
 from tests.conftest import Launcher, Server, free_port
-from tests.scenes import RED_CIRCLE, encoded, red_circle
+from tests.scenes import BACKGROUNDS, RED_CIRCLE, Thing, draw, encoded, red_circle
 
 pytestmark = pytest.mark.usefixtures("chain_servers")
 
@@ -184,15 +186,11 @@ class TestA6FailedImage:
 
 class TestA7Image:
     def test_wide_images_are_resized_to_512(self, http):
-        wide = encoded(Image.open(__import__("io").BytesIO(red_circle(2000))))
+        wide = encoded(Image.open(io.BytesIO(red_circle(2000))))
         body = http.post("/api/v1/run", files={"image": ("a.png", wide, "image/png")}).json()
         assert body["output"]["data"] == RED_CIRCLE
 
     def test_exif_orientation_is_applied(self, http):
-        from tests.scenes import BACKGROUNDS, Thing, draw
-
-        import random
-
         things = [
             Thing("large", "blue", "square", 60, 64, 26),
             Thing("large", "red", "circle", 180, 64, 26),
@@ -205,7 +203,7 @@ class TestA7Image:
         assert body["output"]["data"] == ("a large blue square to the left of a large red circle on a white background")
 
     def test_alpha_is_over_white(self, http):
-        image = Image.open(__import__("io").BytesIO(red_circle())).convert("RGBA")
+        image = Image.open(io.BytesIO(red_circle())).convert("RGBA")
         pixels = image.load()
         for x in range(image.width):
             for y in range(image.height):

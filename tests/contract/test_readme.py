@@ -1,6 +1,7 @@
 """The README's commands are the ones that run."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,8 +47,9 @@ def test_its_shell_blocks_are_answered_as_written(folder, chain_servers):
         pytest.skip("no curl")
     for line in "".join(SHELL[2:]).splitlines():
         done = subprocess.run(
-            ["bash", "-c", on_ports(line, chain_servers).replace("sightline caption", f"sightline caption --url {chain_servers['pipeline'].url}")],
+            ["bash", "-c", on_ports(line, chain_servers)],
             cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+            env=os.environ | {"SIGHTLINE_URL": chain_servers["pipeline"].url},
         )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         if "curl" in line:

@@ -1,10 +1,10 @@
-"""Caption, then enhance: one image through one or two models under one deadline, with every call injected.
+"""Caption, then enhance: one image, one or two models, one deadline, every call injected.
 
     ChainRequest ──caption──▶ tidy ──enhance?──▶ ChainResult
 
-What goes wrong in the caption step is the caller's error. What goes wrong in the enhance step is not: the caption is
-there, so it is returned with the reason, unless the caller asked for `strict`. Nothing here does I/O, and cancelling
-`run` cancels the step that is running.
+What goes wrong in the caption step is the caller's error. What goes wrong in the enhance step is
+not: the caption is there, so it is returned with the reason, unless the caller asked for `strict`.
+Nothing here does I/O, and cancelling `run` cancels the step that is running.
 """
 
 import asyncio
@@ -55,7 +55,8 @@ class ChainPolicy:
     enhance_by_default       whether a request that says nothing is enhanced
     level                    reasoning effort of such a request
     enhance_timeout_seconds  what the enhance step gets at most
-    reserve_seconds          what it must leave of the deadline, so that the caption still reaches the caller in time
+    reserve_seconds          what it must leave of the deadline, so that the caption still reaches
+                             the caller in time
     """
 
     enhance_by_default: bool = True
@@ -142,9 +143,10 @@ async def run(
 ) -> ChainResult:
     """Caption one image and, where wanted, enhance the caption.
 
-    Raises what the caption step raises; DeadlineExceeded (504) when it takes too long; UpstreamFailed (502,
-    `image_not_seen` or `empty_caption`) when its answer is no description of the image; and, only for a `strict`
-    request, Unavailable (503) with the code that would have been the `enhancement_error`.
+    Raises what the caption step raises; DeadlineExceeded (504) when it takes too long;
+    UpstreamFailed (502, `image_not_seen` or `empty_caption`) when its answer is no description of
+    the image; and, only for a `strict` request, Unavailable (503) with the code that would have
+    been the `enhancement_error`.
     """
     described = await _describe(request, context, caption, policy)
     text, is_cut = tidy(described.text, close=not described.model.demo)
@@ -206,7 +208,7 @@ async def _enhance(
     step: EnhanceStep | None,
     policy: ChainPolicy,
 ) -> Completion:
-    """Enhance within what may be spent. Raises Unavailable (503) with the reason as its code, whatever went wrong."""
+    """Enhance within what may be spent. Whatever goes wrong is Unavailable (503), the reason its code."""
     if step is None:
         raise Unavailable("This pipeline has no enhance step.", code="enhancer_not_configured")
     seconds = min(policy.enhance_timeout_seconds, context.deadline.remaining() - policy.reserve_seconds)
@@ -258,7 +260,7 @@ def _report(name: str, completion: Completion) -> StepReport:
     )
 
 
-# --- cosmetics: contract D8 ------------------------------------------------------------------------------------------
+# --- cosmetics: contract D8 ------------------------------------------------------------
 
 _ROLE = re.compile(
     r"""^[\s*_#>-]*
@@ -268,8 +270,10 @@ _ROLE = re.compile(
         )[\s*_]*""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""What chat models write before the sentence that was asked for. A role word counts only with its colon: `Caption
-contest winners on a stage` is a caption."""
+"""What chat models write before the sentence that was asked for.
+
+A role word counts only with its colon: `Caption contest winners on a stage` is a caption.
+"""
 
 _QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb"}
 _APOSTROPHE = re.compile(r"(?<=\w)['\u2019](?=\w)")
@@ -280,9 +284,11 @@ _CLOSERS = "\"'\u201d\u2019\u00bb)]"
 def tidy(caption: str, *, close: bool = True) -> tuple[str, bool]:
     """A model's words as one caption: bare, on one line, at most 50 words, closed by a full stop.
 
-    close    add the end mark that a sentence needs. Off for demonstration models, whose captions are exact strings
-             without one, compared word for word with the scene that they describe.
-    returns  the caption, empty when the text holds neither letter nor digit, and whether words were cut
+    close    add the end mark that a sentence needs. Off for demonstration models, whose captions
+             are exact strings without one, compared word for word with the scene that they
+             describe.
+    returns  the caption, empty when the text holds neither letter nor digit, and whether words were
+             cut
     """
     words = unwrap(caption).split()
     is_cut = len(words) > MAX_CAPTION_WORDS
@@ -304,7 +310,7 @@ def unwrap(text: str) -> str:
 
 
 def _without_quotes(text: str) -> str:
-    """`"A dog"`, `"A dog".` and a dangling `"A dog` without their quotes; `"Stop" and "Go"` as it is."""
+    """Unwrap `"A dog"`, `"A dog".` and a dangling `"A dog`, but not `"Stop" and "Go"`."""
     closing = _QUOTES.get(text[:1])
     if closing is None:
         return text
@@ -320,28 +326,30 @@ def _without_quotes(text: str) -> str:
     return (inside if inside.endswith(_END_MARKS) else inside + end).strip()
 
 
-# --- what an enhancement added: contract D9 --------------------------------------------------------------------------
+# --- what an enhancement added: contract D9 --------------------------------------------
 
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['\u2019-][^\W_]+)*")
 _BETWEEN_SENTENCES = re.compile(r"[.!?:\u2026\n]")
 
 _STOP_WORDS = frozenset(
     """
-    a about above across after against all along also although an and another any are around as at away be because
-    been before behind being below beneath beside between beyond both but by can could did do does down during each
-    either else even every few for from had has have having he her here hers him his how i if in inside into is it
-    its itself just like many may might more most much near no nor not now of off on one onto only or other our out
-    over own per quite rather same several she should since so some such than that the their them themselves then
-    there these they this those though through throughout to together too toward towards under until up upon us very
-    was we were what when where whether which while who whom whose why will with within without would yet you your
+    a about above across after against all along also although an and another any are around as at
+    away be because been before behind being below beneath beside between beyond both but by can
+    could did do does down during each either else even every few for from had has have having he
+    her here hers him his how i if in inside into is it its itself just like many may might more
+    most much near no nor not now of off on one onto only or other our out over own per quite rather
+    same several she should since so some such than that the their them themselves then there these
+    they this those though through throughout to together too toward towards under until up upon us
+    very was we were what when where whether which while who whom whose why will with within without
+    would yet you your
     """.split()  # noqa: SIM905 - words read as words
 )
 _NEUTRAL_WORDS = frozenset(
     """
-    appear backdrop background capture center centre composition contain create depict detail display element
-    evoke feature focal foreground form frame give image impression include lend make moment offer overall photo
-    photograph picture place point portray position present scene see seen set setting shot show showcase shown
-    single sense surround view viewer visible visual
+    appear backdrop background capture center centre composition contain create depict detail
+    display element evoke feature focal foreground form frame give image impression include lend
+    make moment offer overall photo photograph picture place point portray position present scene
+    see seen set setting shot show showcase shown single sense surround view viewer visible visual
     """.split()  # noqa: SIM905
 )
 _NUMBERS = {
@@ -366,11 +374,12 @@ _NUMBERS = {
 
 
 def added_terms(caption: str, enhanced: str) -> list[str]:
-    """The content words of the enhancement that the caption does not hold: lower-cased, in order, each once.
+    """The content words that the caption does not hold: lower-cased, in order, each once.
 
-    Inflections count as one word (`rides`, `riding`, `ride`). Function words and the furniture of descriptive prose
-    (`scene`, `captures`, `backdrop`) are no additions. Names and numbers are compared as they stand and always told:
-    they are what an enhancer must not invent. English only and by rules; a hint for people, not a proof.
+    Inflections count as one word (`rides`, `riding`, `ride`). Function words and the furniture of
+    descriptive prose (`scene`, `captures`, `backdrop`) are no additions. Names and numbers are
+    compared as they stand and always told: they are what an enhancer must not invent. English only
+    and by rules; a hint for people, not a proof.
     """
     held: set[str] = set()
     for term in _terms(caption):

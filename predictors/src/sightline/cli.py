@@ -38,7 +38,7 @@ def serve(context: typer.Context, predictor: Predictor) -> None:
 @app.command()
 def caption(
     image: Annotated[Path, typer.Argument(help="Image file.", exists=True, dir_okay=False)],
-    url: Annotated[str, typer.Option(help="The pipeline's address.")] = "http://127.0.0.1:8080",
+    url: Annotated[str, typer.Option(envvar="SIGHTLINE_URL", help="The pipeline's address.")] = "http://127.0.0.1:8080",
     enhance: Annotated[
         bool | None,
         typer.Option("--enhance/--no-enhance", help="Default: what the pipeline is set to."),

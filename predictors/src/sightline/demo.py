@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 import httpx
@@ -45,7 +46,7 @@ class Process:
 def run(port: int, *, keep_serving: bool) -> int:
     """Run the demonstration. Returns 0 when both samples were captioned and enhanced, else 1."""
     console = Console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped, too
+    signal.signal(signal.SIGTERM, _exit)  # so that the servers are stopped, too
     try:
         with _servers(port) as processes:
             _wait_until_ready(processes, console)
@@ -61,8 +62,12 @@ def run(port: int, *, keep_serving: bool) -> int:
         return 0
 
 
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 @contextmanager
-def _servers(port: int) -> Iterator[Sequence[Process]]:
+def _servers(port: int) -> Generator[Sequence[Process]]:
     """Start gateway, describe and enhance on three ports in a row; stop them at the end, whatever happens."""
     flags = {
         "describe": [],
@@ -151,11 +156,14 @@ def _is_ready(process: Process) -> bool:
 
 def samples() -> Iterator[tuple[str, bytes]]:
     """A drawn scene of the world the demonstration models know, and a photograph of one they do not."""
-    import random
+    import numpy as np
 
-    from sightline.tiny.scenes import sample_scene
+    from sightline.tiny import scenes
 
-    yield sample_scene(random.Random(7))
+    scene = scenes.draw_scene(np.random.default_rng(7), 2, sides=(300, 640))
+    buffer = io.BytesIO()
+    scenes.render(scene).save(buffer, "PNG")
+    yield f"a scene: {scenes.caption(scene)}", buffer.getvalue()
     try:
         from skimage import data  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
     except ImportError:

@@ -5,6 +5,8 @@ older services (contracts A10, D5, …) are understood as aliases.
 """
 
 import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -17,13 +19,21 @@ from sightline.wire import DEFAULT_PROMPT, ReasoningLevel
 MEBIBYTE = 1024 * 1024
 TINY = Path(__file__).parent / "tiny"
 
+_USER_INFO = re.compile(r"//[^/@\s]*@")
+
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 
 
 def _split(value: object) -> object:
     if isinstance(value, str):
+        if value.strip().lower() == "none":  # an empty value counts as not said
+            return ()
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def _lowered(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 class _Settings(BaseSettings):
@@ -51,7 +61,7 @@ class ImageSettings(_Settings):
 
     url_hosts: CommaSeparated = Field(
         (),
-        description="Host globs that image URLs may name, comma-separated. Empty: URLs are refused.",
+        description="Host globs that image URLs may name, comma-separated. none: URLs are refused.",
     )
     url_allow_http: bool = Field(False, description="Allow http:// beside https:// URLs.")
     url_allow_private: bool = Field(
@@ -65,7 +75,7 @@ class ImageSettings(_Settings):
 
     s3_buckets: CommaSeparated = Field(
         ("*",),
-        description="Bucket globs that s3:// URIs may name, comma-separated. Empty: refused.",
+        description="Bucket globs that s3:// URIs may name, comma-separated. none: refused.",
     )
     s3_endpoint_url: str | None = Field(
         None,
@@ -115,6 +125,8 @@ class ServerSettings(ImageSettings):
     )
     grace_seconds: int = Field(30, gt=0, description="Seconds that running requests get after SIGTERM.")
 
+    _levels = field_validator("log_level", mode="before")(_lowered)
+
     @model_validator(mode="after")
     def _auth_is_decided(self) -> Self:
         if self.auth == "api-key" and not (self.api_keys or self.api_key_file):
@@ -127,6 +139,7 @@ class ServerSettings(ImageSettings):
 class EngineSettings(ServerSettings):
     """What every server that holds a model has."""
 
+    model: str = Field("", description="Hub id or folder.")
     revision: str | None = Field(None, description="Hub revision (commit) of the model.")
     cache_dir: Path | None = Field(
         None,
@@ -238,12 +251,17 @@ def load(cls: type[S], argv: Sequence[str] = (), *, prog: str = "sightline") -> 
         lines = [
             f"{prog}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
         ]
-        raise SystemExit("\n".join(lines)) from error
+        sys.stderr.write("\n".join([*lines, ""]))
+        raise SystemExit(2) from error
 
 
 def shown(settings: _Settings) -> dict[str, object]:
-    """The settings as they may be printed: secrets hidden."""
-    return settings.model_dump(mode="json")
+    """The settings as they may be printed: secrets hidden, passwords in addresses too."""
+    told = settings.model_dump(mode="json")
+    return {
+        name: _USER_INFO.sub("//**********@", value) if isinstance(value, str) else value
+        for name, value in told.items()
+    }
 
 
 def cpu_quota() -> int:

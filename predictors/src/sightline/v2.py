@@ -9,7 +9,9 @@ tensors in order; a BYTES element is a 4-byte little-endian length and its bytes
 `protocol/extension_binary_data.md`. Faults raise BadRequest (400) and never repeat the offending input.
 """
 
+import itertools
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from sightline.errors import BadRequest
+from sightline.errors import BadRequest, InternalError
 
 HEADER_LENGTH = "inference-header-content-length"
 
@@ -40,6 +42,18 @@ NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
+
+_JSON_TYPES: Mapping[str, frozenset[type]] = {
+    "b": frozenset({bool}),
+    "u": frozenset({int}),
+    "i": frozenset({int}),
+    "f": frozenset({int, float}),
+}
+"""What JSON may hold for a numpy kind: a float would be cut to an integer, and true is not 1."""
+
+_MAX_DIMENSIONS = 32
+_MAX_LENGTH_DIGITS = 18
+_PLAIN_NAME = re.compile(r"[\w./:-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +92,7 @@ class Tensor:
     def elements(self) -> tuple[bytes, ...]:
         """The elements of a BYTES tensor. Raises BadRequest for another datatype."""
         if not isinstance(self.data, tuple):
-            raise BadRequest(f"Input '{self.name}' must have datatype BYTES.", code="invalid_tensor")
+            raise BadRequest(f"Input{_shown(self.name)} must have datatype BYTES.", code="invalid_tensor")
         return self.data
 
     def texts(self) -> tuple[str, ...]:
@@ -86,7 +100,7 @@ class Tensor:
         try:
             return tuple(element.decode() for element in self.elements())
         except UnicodeDecodeError as error:
-            raise BadRequest(f"Input '{self.name}' must hold UTF-8 text.", code="invalid_tensor") from error
+            raise BadRequest(f"Input{_shown(self.name)} must hold UTF-8 text.", code="invalid_tensor") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,33 +143,33 @@ class InferResponse:
 def parse_request(body: bytes, header_length: str | None = None) -> InferRequest:
     """Parse a request body; `header_length` is the value of the binary extension's header, if any."""
     head, blobs = _split(body, header_length)
-    outputs = [_mapping(item, "outputs[]") for item in _list(head.get("outputs") or [], "outputs")]
+    wishes = head.get("outputs")
+    outputs = [_mapping(item, "outputs[]") for item in _list([] if wishes is None else wishes, "outputs")]
     parameters = _parameters(head.get("parameters"), "parameters")
-    default = parameters.pop("binary_data_output", False)
+    default = _flag(parameters.pop("binary_data_output", False))
     binary: dict[str, bool] = {}
     names: list[str] = []
     for output in outputs:
         name = output.get("name")
         if not isinstance(name, str) or not name:
             raise BadRequest("Every requested output needs a name.", code="invalid_tensor")
+        if name in names:
+            raise BadRequest("An output is requested twice.", code="invalid_tensor")
         names.append(name)
         wanted = _parameters(output.get("parameters"), "outputs[].parameters").get("binary_data")
         if wanted is not None:
-            binary[name] = bool(wanted)
-    request_id = head.get("id")
-    if request_id is not None and not isinstance(request_id, str):
-        raise BadRequest("'id' must be a string.", code="invalid_request")
+            binary[name] = _flag(wanted)
     inputs = _tensors(_list(head.get("inputs"), "inputs"), blobs)
     if not inputs:
         raise BadRequest("'inputs' must hold at least one tensor.", code="invalid_request")
     return InferRequest(
         inputs=inputs,
         parameters=parameters,
-        id=request_id or None,
+        id=_text(head, "id"),
         outputs=tuple(names),
         binary_outputs=frozenset(name for name, wanted in binary.items() if wanted),
         json_outputs=frozenset(name for name, wanted in binary.items() if not wanted),
-        is_binary_default=bool(default),
+        is_binary_default=default,
     )
 
 
@@ -198,7 +212,7 @@ def render_request(request: InferRequest) -> tuple[bytes, int | None]:
     if parameters:
         head["parameters"] = parameters
     if request.outputs:
-        head["outputs"] = [{"name": name} for name in request.outputs]
+        head["outputs"] = [_wish(name, request) for name in request.outputs]
     return _join(head, "inputs", [(tensor, True) for tensor in request.inputs])
 
 
@@ -206,17 +220,18 @@ def parse_response(body: bytes, header_length: str | None = None) -> InferRespon
     """Parse a response body, for a client of ours. Raises BadRequest when it is no V2 response."""
     head, blobs = _split(body, header_length)
     return InferResponse(
-        model_name=str(head.get("model_name", "")),
+        model_name=_text(head, "model_name") or "",
         outputs=_tensors(_list(head.get("outputs"), "outputs"), blobs),
         parameters=_parameters(head.get("parameters"), "parameters"),
-        id=cast("str | None", head.get("id")),
+        model_version=_text(head, "model_version"),
+        id=_text(head, "id"),
     )
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[Mapping[str, object], "_Blobs | None"]:
     blobs = None
     if header_length is not None:
-        if not header_length.isascii() or not header_length.isdigit():
+        if not header_length.isascii() or not header_length.isdigit() or len(header_length) > _MAX_LENGTH_DIGITS:
             raise BadRequest("Inference-Header-Content-Length must be a number.", code="invalid_request")
         length = int(header_length)
         if length > len(body):
@@ -260,65 +275,73 @@ def _tensor(item: Mapping[str, object], blobs: _Blobs | None) -> Tensor:
     name, datatype, shape = item.get("name"), item.get("datatype"), item.get("shape")
     if not isinstance(name, str) or not name:
         raise BadRequest("Every tensor needs a name.", code="invalid_tensor")
-    if datatype != "BYTES" and datatype not in NUMPY_TYPES:
-        raise BadRequest(f"Tensor '{name}' has an unknown datatype.", code="invalid_tensor")
-    dims = _list(shape, f"shape of '{name}'")
-    if not all(isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0 for dim in dims):
-        raise BadRequest(f"Tensor '{name}' has an invalid shape.", code="invalid_tensor")
+    if not isinstance(datatype, str) or (datatype != "BYTES" and datatype not in NUMPY_TYPES):
+        raise BadRequest(f"Tensor{_shown(name)} has an unknown datatype.", code="invalid_tensor")
+    dims = _list(shape, "a shape")
+    is_valid = all(isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0 for dim in dims)
+    if not is_valid or len(dims) > _MAX_DIMENSIONS:
+        raise BadRequest(f"Tensor{_shown(name)} has an invalid shape.", code="invalid_tensor")
     sizes = tuple(cast("Sequence[int]", dims))
     size = _parameters(item.get("parameters"), "parameters").get("binary_data_size")
     if size is None:
         if "data" not in item:
-            raise BadRequest(f"Tensor '{name}' has no data.", code="invalid_tensor")
-        data = _data_from_json(name, str(datatype), sizes, item["data"])
+            raise BadRequest(f"Tensor{_shown(name)} has no data.", code="invalid_tensor")
+        data = _data_from_json(name, datatype, sizes, item["data"])
     elif isinstance(size, bool) or not isinstance(size, int) or size < 0 or blobs is None:
-        raise BadRequest(f"Tensor '{name}' has an invalid binary_data_size.", code="invalid_tensor")
+        raise BadRequest(f"Tensor{_shown(name)} has an invalid binary_data_size.", code="invalid_tensor")
     else:
-        data = _data_from_binary(name, str(datatype), sizes, blobs.take(size))
-    return Tensor(name, str(datatype), sizes, data)
+        data = _data_from_binary(name, datatype, sizes, blobs.take(size))
+    return Tensor(name, datatype, sizes, data)
 
 
 def _data_from_json(name: str, datatype: str, shape: tuple[int, ...], value: object) -> Data:
-    flat = list(_flatten(_list(value, f"data of '{name}'")))
+    flat = list(_flatten(_list(value, "the data of a tensor")))
     if len(flat) != math.prod(shape):
-        raise BadRequest(f"Tensor '{name}' has not as many elements as its shape says.", code="invalid_tensor")
+        raise BadRequest(f"Tensor{_shown(name)} has not as many elements as its shape says.", code="invalid_tensor")
     if datatype == "BYTES":
         if not all(isinstance(element, str) for element in flat):
-            raise BadRequest(f"Tensor '{name}' must hold strings.", code="invalid_tensor")
+            raise BadRequest(f"Tensor{_shown(name)} must hold strings.", code="invalid_tensor")
         return tuple(cast("str", element).encode("utf-8", "surrogatepass") for element in flat)
-    if not all(isinstance(element, bool | int | float) for element in flat):
-        raise BadRequest(f"Tensor '{name}' must hold numbers.", code="invalid_tensor")
+    dtype = np.dtype(NUMPY_TYPES[datatype])
+    allowed = _JSON_TYPES[dtype.kind]
+    if not all(type(element) in allowed for element in flat):
+        raise BadRequest(f"Tensor{_shown(name)} has a value of another type.", code="invalid_tensor")
     try:
-        return np.array(flat, dtype=NUMPY_TYPES[datatype]).reshape(shape)
-    except (OverflowError, ValueError, TypeError) as error:
-        raise BadRequest(f"Tensor '{name}' has a value out of range.", code="invalid_tensor") from error
+        with np.errstate(over="raise"):
+            return np.array(flat, dtype=dtype).reshape(shape)
+    except (ArithmeticError, ValueError) as error:
+        raise BadRequest(f"Tensor{_shown(name)} has a value out of range.", code="invalid_tensor") from error
 
 
 def _data_from_binary(name: str, datatype: str, shape: tuple[int, ...], blob: memoryview) -> Data:
     count = math.prod(shape)
     if datatype == "BYTES":
-        elements = tuple(_length_prefixed(name, blob))
+        # One more than wanted is enough to know: a blob of zeros would be millions of empty elements.
+        elements = tuple(itertools.islice(_length_prefixed(name, blob), min(count, len(blob)) + 1))
         if len(elements) != count:
             raise BadRequest(
-                f"Tensor '{name}' has not as many elements as its shape says.",
+                f"Tensor{_shown(name)} has not as many elements as its shape says.",
                 code="invalid_tensor",
             )
         return elements
     dtype = np.dtype(NUMPY_TYPES[datatype]).newbyteorder("<")
     if len(blob) != count * dtype.itemsize:
-        raise BadRequest(f"Tensor '{name}' has not as many bytes as its shape says.", code="invalid_tensor")
-    return np.frombuffer(blob, dtype=dtype).reshape(shape)
+        raise BadRequest(f"Tensor{_shown(name)} has not as many bytes as its shape says.", code="invalid_tensor")
+    try:
+        return np.frombuffer(blob, dtype=dtype).reshape(shape)
+    except ValueError as error:  # no elements, but dimensions that numpy does not count to
+        raise BadRequest(f"Tensor{_shown(name)} has an invalid shape.", code="invalid_tensor") from error
 
 
 def _length_prefixed(name: str, blob: memoryview) -> Iterator[bytes]:
     at = 0
     while at < len(blob):
         if at + 4 > len(blob):
-            raise BadRequest(f"Tensor '{name}' ends inside a length.", code="invalid_tensor")
+            raise BadRequest(f"Tensor{_shown(name)} ends inside a length.", code="invalid_tensor")
         (length,) = struct.unpack_from("<I", blob, at)
         at += 4
         if at + length > len(blob):
-            raise BadRequest(f"Tensor '{name}' ends inside an element.", code="invalid_tensor")
+            raise BadRequest(f"Tensor{_shown(name)} ends inside an element.", code="invalid_tensor")
         yield bytes(blob[at : at + length])
         at += length
 
@@ -355,6 +378,8 @@ def _to_binary(tensor: Tensor) -> bytes:
 def _to_json(tensor: Tensor) -> list[object]:
     if isinstance(tensor.data, tuple):
         return [element.decode("utf-8", "replace") for element in tensor.data]
+    if tensor.data.dtype.kind == "f" and not np.isfinite(tensor.data).all():
+        raise InternalError("The answer has a number that JSON cannot hold; ask for it in binary form.")
     return cast("list[object]", tensor.data.ravel().tolist())
 
 
@@ -382,9 +407,37 @@ def _parameters(value: object, what: str) -> dict[str, Scalar]:
     return cast("dict[str, Scalar]", parameters)
 
 
+def _flag(value: Scalar) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequest("Whether an output is binary must be true or false.", code="invalid_parameter")
+    return value
+
+
+def _text(head: Mapping[str, object], key: str) -> str | None:
+    value = head.get(key)
+    if value is not None and not isinstance(value, str):
+        raise BadRequest(f"'{key}' must be a string.", code="invalid_request")
+    return value or None
+
+
+def _wish(name: str, request: InferRequest) -> dict[str, object]:
+    if name not in request.binary_outputs | request.json_outputs:
+        return {"name": name}
+    return {"name": name, "parameters": {"binary_data": name in request.binary_outputs}}
+
+
+def _shown(name: str) -> str:
+    """A tensor's name as an error may repeat it: a plain one in quotes, any other not at all."""
+    return f" '{name}'" if _PLAIN_NAME.fullmatch(name) else ""
+
+
 def _flatten(values: Sequence[object]) -> Iterator[object]:
-    for value in values:
-        if isinstance(value, list):
-            yield from _flatten(cast("Sequence[object]", value))
-        else:
+    open_lists = [iter(values)]  # no recursion: the client chooses the depth
+    while open_lists:
+        for value in open_lists[-1]:
+            if isinstance(value, list):
+                open_lists.append(iter(cast("Sequence[object]", value)))
+                break
             yield value
+        else:
+            open_lists.pop()

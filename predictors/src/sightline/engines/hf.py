@@ -6,7 +6,10 @@ on the model object (Qwen's `rope_deltas`), so `generate` must never run twice a
 """
 
 import asyncio
+import contextlib
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ class _Waiting(Generic[Prepared]):
             else:
                 self.future.set_result(result)
 
-        self.loop.call_soon_threadsafe(set_it)
+        _tell(self.loop, set_it)
 
 
 class HFEngine(Generic[Model, Prepared]):
@@ -83,9 +86,9 @@ class HFEngine(Generic[Model, Prepared]):
             try:
                 self._model = self._load()
             except BaseException as fault:
-                loop.call_soon_threadsafe(report, fault)
+                _tell(loop, lambda fault=fault: report(fault))
                 return
-            loop.call_soon_threadsafe(report, None)
+            _tell(loop, lambda: report(None))
             self._work(self._model)
 
         # A daemon: a process told to stop while it loads must not wait for the load.
@@ -147,15 +150,17 @@ class HFEngine(Generic[Model, Prepared]):
         is_abandoned: IsAbandoned = lambda index: batch[index].is_dead()  # noqa: E731
         try:
             results = model.generate([item.prepared for item in batch], batch[0].sampling, is_abandoned)
+            settled = list(zip(batch, results, strict=True))
         except Exception as error:
             self._fail(model, batch, error)
             return
-        for item, result in zip(batch, results, strict=True):
+        for item, result in settled:
             item.settle(result)
 
     def _fail(self, model: Model, batch: list[_Waiting[Prepared]], error: Exception) -> None:
         is_out_of_memory = _is_out_of_memory(error)
         if is_out_of_memory:
+            traceback.clear_frames(error.__traceback__)  # they hold the very tensors that did not fit
             _empty_cache()
         if len(batch) > 1:  # one bad item must not fail its company
             for item in batch:
@@ -184,7 +189,7 @@ def _take(waiting: deque[_Waiting[Prepared]], limit: int) -> list[_Waiting[Prepa
     kept: list[_Waiting[Prepared]] = []
     while waiting and len(batch) < limit:
         item = waiting.popleft()
-        if item.sampling == first.sampling:
+        if _agree(item.sampling, first.sampling):
             batch.append(item)
         else:
             kept.append(item)
@@ -192,16 +197,27 @@ def _take(waiting: deque[_Waiting[Prepared]], limit: int) -> list[_Waiting[Prepa
     return [item for item in batch if item is first or not item.is_dead()]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
+def _agree(left: Sampling, right: Sampling) -> bool:
+    """Whether two requests may share a batch; of greedy ones only the length counts."""
+    if left.temperature > 0 or right.temperature > 0:
+        return left == right
+    return left.max_tokens == right.max_tokens
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    """Call back on the event loop, unless it is closed: then the process is ending and nobody listens."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # not imported here: an error of torch's has imported it
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _empty_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

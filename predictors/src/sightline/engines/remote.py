@@ -58,6 +58,9 @@ CONNECT_SECONDS = 3.0
 KEEPALIVE_SECONDS = 2.0
 """Less than uvicorn keeps an idle connection (5 s), so that no request meets a closing one."""
 
+SPARE_CONNECTIONS = 2
+"""For readiness probes, which must not wait behind the calls."""
+
 MAX_RETRIES = 2
 BACKOFF_SECONDS = 0.1
 """The first pause; it doubles, and each is spread over 50-150 %."""
@@ -160,7 +163,7 @@ def new_client(max_concurrency: int) -> httpx.AsyncClient:
         trust_env=False,
         follow_redirects=False,
         limits=httpx.Limits(
-            max_connections=max_concurrency,
+            max_connections=max_concurrency + SPARE_CONNECTIONS,
             max_keepalive_connections=max_concurrency,
             keepalive_expiry=KEEPALIVE_SECONDS,
         ),
@@ -316,7 +319,7 @@ class RemoteStep:
             return self._refusal(response, content)
         try:
             return _completion(content, response.headers.get(v2.HEADER_LENGTH))
-        except (BadRequest, TypeError, ValueError) as error:
+        except (BadRequest, TypeError, ValueError, RecursionError) as error:  # whatever a stranger may send
             return _Fault(self._nonsense(), is_down=True, cause=error)
 
     def _headers(self, context: Context, header_length: int | None) -> dict[str, str]:
@@ -413,9 +416,11 @@ _BY_STATUS: Mapping[int, type[SightlineError]] = {
 
 
 async def _read(response: httpx.Response) -> bytes | None:
-    """The body; None when it is larger than any answer of ours."""
+    """The body; None when it is larger than any answer of ours, or packed although we asked for it plain."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        return None
     content = bytearray()
-    async for chunk in response.aiter_raw():
+    async for chunk in response.aiter_bytes():
         content += chunk
         if len(content) > MAX_ANSWER_BYTES:
             return None

@@ -34,6 +34,8 @@ Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", 
 """Contract A6."""
 
 LEASE_SECONDS = 30.0
+MAX_HOLDERS = 5
+"""A run that outlived so many holders is what ends them; it must not end every server of the store in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +153,24 @@ class Runs:
         """Delete expired runs and take up abandoned ones."""
         runs: dict[str, set[str]] = {}
         for path in await self._list("runs/"):
-            _, run_id, key = path.split("/", 2)
-            runs.setdefault(run_id, set()).add(key)
+            if path.count("/") == 2:
+                _, run_id, key = path.split("/")
+                runs.setdefault(run_id, set()).add(key)
         for run_id, keys in runs.items():
-            if "result.json" in keys:
-                result = await self._read(f"runs/{run_id}/result.json")
-                if result is not None and self._clock() > result["expires"]:
-                    await self._delete(run_id)
-            elif "request.json" in keys and run_id not in self._tasks:
-                body = await self._read(f"runs/{run_id}/request.json")
-                if body is not None:
-                    await self._take(run_id, body)
+            try:
+                await self._sweep_one(run_id, keys)
+            except Exception:  # one broken run must not stop the others
+                log.warning("cannot read run %s", run_id, exc_info=True)
+
+    async def _sweep_one(self, run_id: str, keys: set[str]) -> None:
+        if "result.json" in keys:
+            result = await self._read(f"runs/{run_id}/result.json")
+            if result is not None and self._clock() > result["expires"]:
+                await self._delete(run_id)
+        elif "request.json" in keys and run_id not in self._tasks:
+            body = await self._read(f"runs/{run_id}/request.json")
+            if body is not None:
+                await self._take(run_id, body)
 
     async def _take(self, run_id: str, body: Mapping[str, Any]) -> None:
         """Become the holder of a run that has none, and work on it."""
@@ -169,23 +178,35 @@ class Runs:
         if current is not None and current[1]["expires"] > self._clock():
             return
         number = current[0] + 1 if current is not None else 0
+        if number >= MAX_HOLDERS:
+            log.error("run %s is given up after %d holders", run_id, number)
+            fault = {"code": "run_abandoned", "message": "This run could not be finished."}
+            await self._finish(run_id, "FAILED", fault)
+            return
         key = f"runs/{run_id}/lease-{number}"
         if not await self._create(key, self._lease_body()):
             return  # another server was faster
         task = asyncio.create_task(self._work(run_id, body, key), name=f"run-{run_id}")
         self._tasks[run_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(run_id, None))
+        task.add_done_callback(lambda task: self._forget(run_id, task))
 
     async def _work(self, run_id: str, body: Mapping[str, Any], lease_key: str) -> None:
         renewing = asyncio.create_task(self._renew(lease_key))
         try:
-            data = None
-            if body["has_input"]:
-                data = await self._read_bytes(f"runs/{run_id}/input")
-            status, value = await self._execute(body["request"], data)
+            try:
+                data = await self._read_bytes(f"runs/{run_id}/input") if body["has_input"] else None
+                status, value = await self._execute(body["request"], data)
+            except Exception:
+                log.exception("bug run=%s", run_id)
+                status, value = "FAILED", {"code": "internal_error", "message": "Something went wrong on the server."}
             await self._finish(run_id, status, value)
         finally:
             renewing.cancel()
+
+    def _forget(self, run_id: str, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(run_id, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("run %s could not be ended; it is repeated when its lease has run out", run_id, exc_info=error)
 
     async def _renew(self, key: str) -> None:
         while True:
@@ -268,6 +289,8 @@ def open_store(url: str | None, name: str, *, endpoint_url: str | None, region: 
         from obstore.store import S3Store
 
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise ValueError("job_store names no bucket")
         options: dict[str, Any] = {"credential_provider": Boto3CredentialProvider()}
         if endpoint_url:
             options |= {"endpoint": endpoint_url, "virtual_hosted_style_request": False}
@@ -284,7 +307,7 @@ def open_store(url: str | None, name: str, *, endpoint_url: str | None, region: 
 
 def _local(folder: Path) -> LocalStore:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return LocalStore(folder)
+    return LocalStore(folder, automatic_cleanup=True)
 
 
 def _is_uuid(text: str) -> bool:

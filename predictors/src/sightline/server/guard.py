@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,6 +37,8 @@ log = logging.getLogger("sightline.access")
 _OPEN = re.compile(r"/health|/v2/health/(live|ready)|/v2/models/[^/]+/ready")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_MAX_LENGTH_DIGITS = 18
 _QUIET = re.compile(r"/metrics|/health|.*/(live|ready)")
 
 
@@ -82,7 +85,7 @@ class Guard:
     async def _answer(self, scope: Scope, error: Exception, response: "_Response", request_id: str) -> None:
         known = translate(error)
         if known is None:
-            log.exception("bug request_id=%s path=%s", request_id, scope["path"], exc_info=error)
+            log.exception("bug request_id=%s path=%s", request_id, _path(scope), exc_info=error)
             known = InternalError("Something went wrong on the server.")
         elif known.status >= 500:
             log.warning(
@@ -158,13 +161,21 @@ async def _until_gone(app: ASGIApp, scope: Scope, body: _Body, response: _Respon
     pump = asyncio.create_task(body.pump(lambda: None if response.is_complete else work.cancel()))
     try:
         await work
-    except asyncio.CancelledError:
-        if not body.is_gone:  # the server itself is being stopped
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # the server itself is being stopped
             raise
+        if not body.is_gone:  # something inside was cancelled that we did not cancel
+            raise RuntimeError("the application cancelled itself") from error
     finally:
         pump.cancel()
         if not work.done():
             work.cancel()
+
+
+def _path(scope: Scope) -> str:
+    """The path as it may stand in a log: no line breaks, no control characters."""
+    return quote(scope["path"], safe="/:@!$&'()*+,;=")
 
 
 def _too_large(limit: int) -> PayloadTooLarge:
@@ -173,7 +184,9 @@ def _too_large(limit: int) -> PayloadTooLarge:
 
 def _check_length(headers: Headers, limit: int) -> None:
     length = headers.get("content-length")
-    if length is not None and length.isdigit() and int(length) > limit:
+    if length is None or not length.isascii() or not length.isdigit():
+        return
+    if len(length) > _MAX_LENGTH_DIGITS or int(length) > limit:
         raise _too_large(limit)
 
 
@@ -206,14 +219,15 @@ def _seconds(headers: Headers, longest: float) -> float:
 def _record(scope: Scope, response: _Response, request_id: str, seconds: float, *, is_gone: bool) -> None:
     status = response.status if response.status is not None else (499 if is_gone else 500)
     route = getattr(scope.get("route"), "path", None) or "unmatched"
-    metrics.REQUESTS.labels(scope["method"], route, str(status)).inc()
+    method = scope["method"] if scope["method"] in _METHODS else "other"  # clients must not invent time series
+    metrics.REQUESTS.labels(method, route, str(status)).inc()
     metrics.REQUEST_SECONDS.labels(route).observe(seconds)
     level = logging.DEBUG if _QUIET.fullmatch(scope["path"]) else logging.INFO
     log.log(
         level,
         "%s %s status=%s ms=%.1f request_id=%s",
-        scope["method"],
-        scope["path"],
+        method,
+        _path(scope),
         status,
         seconds * 1000,
         request_id,

@@ -35,7 +35,7 @@ class Keys:
         if self._file is not None:
             try:
                 self._reload(self._file)
-            except OSError:
+            except (OSError, ValueError):  # gone, or no text
                 log.warning("cannot read the API key file; the last known keys stay valid")
         if presented is None:
             return None

@@ -1,6 +1,6 @@
 """What Prometheus can scrape beside KServe's own histograms, whose buckets end at ten seconds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -22,7 +22,7 @@ TOKENS = Counter("sightline_tokens_total", "Tokens by kind.", ["model_name", "ki
 
 
 @contextmanager
-def in_flight(model_name: str, items: int) -> Iterator[None]:
+def in_flight(model_name: str, items: int) -> Generator[None]:
     """Count items while they are queued or running."""
     gauge = IN_FLIGHT.labels(model_name)
     gauge.inc(items)

@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from kserve import Model
 
@@ -39,7 +39,7 @@ class Admission:
         self._seconds_per_item = 1.0
 
     @contextmanager
-    def admit(self, items: int) -> Iterator[None]:
+    def admit(self, items: int) -> Generator[None]:
         """Hold permits for `items`. Raises QueueFull (429) with the time that the waiting ones will take.
 
         An idle server takes a request of any size, so that a limit below the size of one call blocks nobody.
@@ -122,21 +122,22 @@ class PredictorModel(Model):
         if not self.has_loaded:
             raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
         with self._admission.admit(len(requests)), metrics.in_flight(self.name, len(requests)):
-            results, _ = await self(Call(requests, context))
+            # KServe types bodies and answers as its own; they pass through it untouched.
+            results, _ = await cast("Any", self)(Call(requests, context))
         return results
 
-    async def preprocess(self, payload: Any, headers: Any = None) -> Call:  # noqa: ANN401
+    async def preprocess(self, payload: Any, headers: Any = None) -> Call:  # noqa: ANN401  # pyright: ignore[reportIncompatibleMethodOverride]
         """Fetch and decode; anything but a `Call` did not come by a route of ours."""
         if not isinstance(payload, Call):
             raise NotSupported("This protocol is not served yet.")
         prepared = await self.service.preprocess(payload.payload, payload.context)
         return Call(prepared, payload.context)
 
-    async def predict(self, payload: Call, headers: Any = None) -> Sequence[Any]:  # noqa: ANN401
+    async def predict(self, payload: Call, headers: Any = None) -> Sequence[Any]:  # noqa: ANN401  # pyright: ignore[reportIncompatibleMethodOverride]
         """The model itself."""
         return await self.service.predict(payload.payload, payload.context)
 
-    async def postprocess(self, result: Sequence[Any], headers: Any = None) -> Sequence[Any]:  # noqa: ANN401
+    async def postprocess(self, result: Sequence[Any], headers: Any = None) -> Sequence[Any]:  # noqa: ANN401  # pyright: ignore[reportIncompatibleMethodOverride]
         """Results are wire types; each protocol renders them itself."""
         metrics.observe(self.name, result)
         return result

@@ -6,7 +6,7 @@ The server (the only importer of kserve) wraps a `Service` into a KServe `Model`
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 from fastapi import APIRouter, Request
 
@@ -20,6 +20,7 @@ from sightline.wire import (
     Context,
     ImageSource,
     ModelInfo,
+    ReasoningLevel,
     Sampling,
 )
 
@@ -69,7 +70,7 @@ class Service(Protocol[Req, Prepared, Res]):
     def to_v2(self, results: Sequence[Res]) -> v2.InferResponse: ...
 
     def metadata(self) -> dict[str, v2.Scalar]:
-        """What V2 metadata says beside the tensors once loaded: model, model_revision, demo_model, device, …"""
+        """What V2 metadata says beside the tensors, once loaded: model, model_revision, demo_model, device."""
         ...
 
     def router(self, run: Run) -> APIRouter:
@@ -137,6 +138,15 @@ def flag_of(options: Mapping[str, object], name: str) -> bool | None:
     }:
         return value.lower() in {"true", "1", "yes", "on"}  # form fields are text
     raise InvalidParameter(f"{name} must be true or false.")
+
+
+def level_of(value: object) -> ReasoningLevel | None:
+    """A reasoning level; None when absent. Raises InvalidParameter (422) on an unknown one."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in get_args(ReasoningLevel):
+        raise InvalidParameter("reasoning_level must be low, medium or high.")
+    return cast("ReasoningLevel", value)
 
 
 def prompt_of(value: object, name: str = "prompt") -> str | None:

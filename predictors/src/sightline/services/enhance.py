@@ -4,17 +4,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter
 
 from sightline import v2
-from sightline.errors import BadRequest, InvalidParameter, SightlineError
+from sightline.errors import BadRequest, SightlineError
 from sightline.services.base import (
     Json,
     Run,
     demo_fields,
     instances_of,
+    level_of,
     prompt_of,
     reject_unknown_inputs,
     sampling_of,
@@ -150,15 +151,6 @@ class EnhanceService:
             level_of(fields.get("reasoning_level")),
             sampling_of(fields, self._defaults),
         )
-
-
-def level_of(value: object) -> ReasoningLevel | None:
-    """A reasoning level; None when absent. Raises InvalidParameter (422) on an unknown one."""
-    if value is None:
-        return None
-    if value not in get_args(ReasoningLevel):
-        raise InvalidParameter("reasoning_level must be low, medium or high.")
-    return cast("ReasoningLevel", value)
 
 
 def _caption(value: object) -> str:

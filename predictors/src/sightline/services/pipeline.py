@@ -3,22 +3,23 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
+import httpx
 import numpy as np
 import orjson
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse
 
 from sightline import chain, images, v2
-from sightline.engines.remote import RemoteStep, StepMetadata, new_client
+from sightline.engines.remote import RemoteStep, StepMetadata, StepName, new_client
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -133,12 +134,15 @@ class PipelineService:
         self._sources: Fetcher = sources or Sources(settings)
         self._limits = images.Limits.from_settings(settings)
         key = settings.step_api_key.get_secret_value() if settings.step_api_key else None
-        self._clients = [new_client(settings.max_concurrency), new_client(settings.max_concurrency)]
-        self._caption = caption or RemoteStep(
-            settings.describe_url, settings.describe_model, key, self._clients[0], step="caption"
-        )
+        self._clients: list[httpx.AsyncClient] = []  # one pool a step: a slow enhancer must not starve the captions
+
+        def remote(url: str, model: str, step: StepName) -> RemoteStep:
+            self._clients.append(new_client(settings.max_concurrency))
+            return RemoteStep(url, model, key, self._clients[-1], step=step)
+
+        self._caption = caption or remote(settings.describe_url, settings.describe_model, "caption")
         if enhance is None and settings.enhance_url is not None:
-            enhance = RemoteStep(settings.enhance_url, settings.enhance_model, key, self._clients[1], step="enhance")
+            enhance = remote(settings.enhance_url, settings.enhance_model, "enhance")
         self._enhance = enhance
         self._policy = chain.ChainPolicy(
             enhance_by_default=settings.enhance_by_default,
@@ -311,8 +315,8 @@ class PipelineService:
             )
         except (HTTPException, MultiPartException) as error:
             raise _form_fault(error) from error
-        async with _closing(form):
-            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+        try:
+            fields = {name: value for name, value in form.items() if isinstance(value, str) and value.strip()}
             uploads = [value for value in form.getlist("image") if isinstance(value, UploadFile)]
             if len(uploads) > 1:
                 raise InvalidParameter("Send one image a request.", code="too_many_items")
@@ -321,12 +325,14 @@ class PipelineService:
                 return _request(image, fields), echo
             upload = uploads[0]
             return _request(ImageBytes(await upload.read(), upload.filename), fields), {"filename": upload.filename}
+        finally:
+            await form.close()
 
     def _image(self, fields: Mapping[str, object]) -> tuple[ImageSource, Json]:
         """The image of a native body, and the field that the answer repeats. Raises 400 or 422."""
         if (s3_uri := _text(fields, "s3_uri")) is not None:
             if not s3_uri.startswith("s3://"):
-                raise BadRequest("s3_uri must start with s3://", code="invalid_s3_uri")
+                raise BadRequest("s3_uri must start with s3://", code="s3_uri_invalid")
             return ImageS3(s3_uri), {"s3_uri": s3_uri}
         for name in ("image", "image_url"):
             if (value := _text(fields, name)) is not None:
@@ -459,13 +465,13 @@ def _form_fault(error: HTTPException | MultiPartException) -> SightlineError:
     text = error.detail if isinstance(error, HTTPException) else error.message
     if text.startswith("Too many"):
         return PayloadTooLarge("The form has too many parts.", code="too_many_parts")
-    if text.startswith("Part exceeded"):
+    if text.startswith(("Part exceeded", "Field exceeded")):
         return PayloadTooLarge("A field of the form is too large.")
     return BadRequest("The form cannot be read.", code="invalid_form")
 
 
 @contextmanager
-def _image_faults() -> Iterator[None]:
+def _image_faults() -> Generator[None, None, None]:
     """Contract D6: every 400 about the image begins with the same words."""
     try:
         yield
@@ -496,7 +502,7 @@ async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 @asynccontextmanager
-async def _turn(gate: asyncio.Semaphore, context: Context) -> AsyncIterator[None]:
+async def _turn(gate: asyncio.Semaphore, context: Context) -> AsyncGenerator[None, None]:
     """Hold one of the places of a gate. Raises DeadlineExceeded (504) when none comes free in time."""
     context.deadline.check()
     try:
@@ -508,14 +514,6 @@ async def _turn(gate: asyncio.Semaphore, context: Context) -> AsyncIterator[None
         yield
     finally:
         gate.release()
-
-
-@asynccontextmanager
-async def _closing(form: FormData) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        await form.close()
 
 
 async def _nothing() -> None:

@@ -42,17 +42,24 @@ def parse(ids: Sequence[int], tokens: HarmonyTokens) -> Answer:
     """Find the final message in generated ids (the prompt ended in `<|start|>assistant`)."""
     final: tuple[int, ...] | None = None
     is_complete = False
+    endings = {tokens.start, tokens.end, tokens.return_, tokens.call}
+    control = endings | {tokens.channel, tokens.message}
     at = 0
     while at < len(ids):
         if ids[at] != tokens.channel:
             at += 1
             continue
-        opened = _index(ids, {tokens.message}, at + 1)
+        opened = _index(ids, control, at + 1)
         if opened == len(ids):
             break
-        closed = _index(ids, {tokens.end, tokens.return_, tokens.call, tokens.start}, opened + 1)
-        header = tuple(ids[at + 1 : opened])
-        if header[: len(tokens.final)] == tokens.final:
+        if ids[opened] != tokens.message:  # a header without a message must not lend its name to the next one
+            at = opened
+            continue
+        # A header inside a final message ends it; one inside any other message is part of that message. So a
+        # model that forgets to end its messages may lose an answer, but never shows its reasoning.
+        is_final = tuple(ids[at + 1 : opened])[: len(tokens.final)] == tokens.final
+        closed = _index(ids, control if is_final else endings, opened + 1)
+        if is_final:
             final = tuple(ids[opened + 1 : closed])
             is_complete = closed < len(ids) and ids[closed] in {tokens.return_, tokens.end}
         at = closed

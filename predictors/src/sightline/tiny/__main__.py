@@ -1,0 +1,87 @@
+"""`python -m sightline.tiny`: train the demonstration checkpoints, report on them, or draw a sample scene."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from sightline.tiny import HERE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sightline.tiny", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train", help="train from nothing and write the checkpoints")
+    train.add_argument("which", nargs="?", choices=("describe", "enhance", "all"), default="all")
+    train.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
+    train.add_argument("--steps", type=int, help="optimiser steps (default: what the report names)")
+    train.add_argument("--minutes", type=float, help="stop after this much wall time; the schedule is fitted to it")
+    train.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    train.add_argument("--resume", action="store_true", help="describe: go on from the weights in --out; change --seed")
+    train.add_argument("--out", type=Path, default=HERE, help="folder that gets describe/ and enhance/")
+    report = verbs.add_parser("report", help="measure both checkpoints; writes REPORT.md and report.json")
+    report.add_argument("--scenes", type=int, default=200, help="scenes of each kind (default 200)")
+    report.add_argument("--seed", type=int, default=20_000, help="seed of the scenes (default 20000)")
+    scene = verbs.add_parser("scene", help="draw a scene to a PNG and print its caption")
+    scene.add_argument("out", type=Path)
+    scene.add_argument("--seed", type=int, default=None)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    # Spinning OpenMP threads make every step up to ten times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    import torch
+
+    from sightline.tiny import describer, enhancer, report
+
+    torch.set_num_threads(args.threads)
+    for name, module in (("enhance", enhancer), ("describe", describer)):
+        if args.which not in (name, "all"):
+            continue
+        steps = args.steps or module.DEFAULT_STEPS
+        path = args.out / name / report.RECORD
+        command = f"python -m sightline.tiny train {name} --seed {args.seed} --steps {steps} --threads {args.threads}"
+        if args.minutes:
+            command += f" --minutes {args.minutes:g}"
+        if args.resume and name == "describe":
+            legs = json.loads(path.read_text())["legs"]
+            command += " --resume"
+            record = describer.train(args.out / name, seed=args.seed, steps=steps, minutes=args.minutes, resume=True)
+        else:
+            legs = []
+            record = module.train(args.out / name, seed=args.seed, steps=steps, minutes=args.minutes)
+        record = {"command": command, **record}
+        path.write_text(json.dumps({"legs": [*legs, record], "hardware": report.hardware()}, indent=2) + "\n")
+        sys.stdout.write(json.dumps({name: record}) + "\n")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from sightline.tiny import report
+
+    figures = report.write(args.scenes, args.seed)
+    sys.stdout.write(report.page(figures))
+
+
+def _scene(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from sightline.tiny import scenes
+
+    scene = scenes.draw_scene(np.random.default_rng(args.seed))
+    scenes.render(scene).save(args.out)
+    sys.stdout.write(scenes.caption(scene) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one of the verbs."""
+    args = _parser().parse_args(argv)
+    {"train": _train, "report": _report, "scene": _scene}[args.verb](args)
+
+
+if __name__ == "__main__":
+    main()
