@@ -6,7 +6,7 @@
 Formats  JPEG (and MPO's first picture), PNG, WEBP, GIF, BMP, TIFF; of several frames the first
 Pixels   `W × H` of the picture as a person sees it, that is, after the EXIF orientation
 Colour   8 bits a channel, taken as sRGB: an ICC profile is dropped, not applied
-Memory   about 10 bytes a pixel at the peak (RGBA source), so 0.4 GB for the largest image of the default limits
+Memory   at the peak 8 bytes a pixel (RGB), 15 with alpha: 0.6 GB for an image of 40 MP, times the decoding threads
 
 What is refused, all as InvalidImage (400) but for the two of PayloadTooLarge (413):
 
@@ -138,7 +138,8 @@ def decode(data: bytes, limits: Limits, *, max_width: int | None = None, max_hei
     max_height  pixels after orientation, or None for no bound
     returns     a new image of mode RGB with an empty `info`; each side at least 1; deterministic
 
-    Blocks: up to a second for 40 MP. Raises InvalidImage (400), PayloadTooLarge (413). A retry does not help.
+    Blocks: for 40 MP about 1 s, for a JPEG and `max_width=512` 0.1 s (one core of two, Pillow 13, 2026-11).
+    Raises InvalidImage (400), PayloadTooLarge (413). A retry does not help.
     """
     with _refusing(data), _open(data, limits) as image:
         _checked(image, data, limits)
@@ -148,7 +149,7 @@ def decode(data: bytes, limits: Limits, *, max_width: int | None = None, max_hei
         bounds = (max_height, max_width) if is_turned else (max_width, max_height)
         target = _fitted(image.size, *bounds)
         # The part of what is decoded that is picture: at 1/8, 1411 pixels become 177, of which 0.6 are padding.
-        box = (0.0, 0.0, *map(float, image.size))
+        box = (0.0, 0.0, float(image.width), float(image.height))
         if isinstance(image, JpegImagePlugin.JpegImageFile) and target != image.size:
             drafted = image.draft(None, (2 * target[0], 2 * target[1]))
             box = drafted[1] if drafted else box
@@ -339,7 +340,7 @@ def _flattened(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGB", rgba.size, "white")
-        white.paste(rgba, mask=rgba.getchannel("A"))
+        white.paste(rgba, mask=rgba)
         return white
     if image.mode in ("L", "RGB"):
         return image

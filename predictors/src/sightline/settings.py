@@ -232,6 +232,13 @@ class PipelineSettings(ServerSettings):
     )
     max_concurrency: int = Field(32, gt=0, description="Chains that run at once; more wait.")
 
+    @field_validator("describe_url", "enhance_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return value
+
 
 S = TypeVar("S", bound=_Settings)
 
@@ -249,7 +256,7 @@ def load(cls: type[S], argv: Sequence[str] = (), *, prog: str = "sightline") -> 
         return cls(_cli_settings_source=source)  # type: ignore[call-arg]
     except ValidationError as error:
         lines = [
-            f"{prog}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
+            f"{prog}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()
         ]
         sys.stderr.write("\n".join([*lines, ""]))
         raise SystemExit(2) from error

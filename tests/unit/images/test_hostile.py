@@ -35,9 +35,7 @@ def survives(data: bytes) -> Image.Image | None:
     for look in (probe, decode):
         try:
             result = look(data, SMALL)
-        except (InvalidImage, PayloadTooLarge) as refusal:
-            assert refusal.status in (400, 413)
-            assert refusal.code.startswith("image_")
+        except (InvalidImage, PayloadTooLarge):
             return None
     assert isinstance(result, Image.Image)
     assert result.mode == "RGB"

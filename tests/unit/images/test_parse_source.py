@@ -2,7 +2,7 @@
 
 import base64
 import string
-from urllib.parse import quote_from_bytes
+from urllib.parse import quote, quote_from_bytes
 
 import pytest
 from hypothesis import given
@@ -32,13 +32,13 @@ class TestTextOrBytes:
             pytest.param(TEXT, ImageBytes(PNG), id="base64"),
             pytest.param(TEXT.rstrip("="), ImageBytes(PNG), id="padding is missing"),
             pytest.param(TEXT.replace("+", "-").replace("/", "_"), ImageBytes(PNG), id="URL-safe"),
-            pytest.param("\n".join(TEXT[i : i + 76] for i in range(0, len(TEXT), 76)) + "\r\n", ImageBytes(PNG), id="MIME lines"),
+            pytest.param(base64.encodebytes(PNG).decode() + "\r\n", ImageBytes(PNG), id="MIME lines"),
             pytest.param(f"data:image/png;base64,{TEXT}", ImageBytes(PNG), id="data URI"),
             pytest.param(f"DATA:IMAGE/PNG;BASE64,{TEXT}", ImageBytes(PNG), id="shouted"),
             pytest.param(f"data:image/png;name=a.png;base64,{TEXT}", ImageBytes(PNG), id="a parameter"),
             pytest.param(f"data:application/octet-stream;base64,{TEXT}", ImageBytes(PNG), id="octet-stream"),
             pytest.param(f"data:;base64,{TEXT}", ImageBytes(PNG), id="no type"),
-            pytest.param(f"data:image/png;base64,{TEXT.replace('+', '%2B').replace('=', '%3D')}", ImageBytes(PNG), id="escaped"),
+            pytest.param(f"data:image/png;base64,{quote(TEXT, safe='')}", ImageBytes(PNG), id="escaped"),
             pytest.param(f"data:image/png;base64, {TEXT[:9]} {TEXT[9:]}", ImageBytes(PNG), id="white space"),
             pytest.param(f"data:image/png,{quote_from_bytes(PNG)}", ImageBytes(PNG), id="percent-encoded"),
             pytest.param("https://a.example/b.png?c#d", ImageUrl("https://a.example/b.png?c#d"), id="https"),
@@ -145,9 +145,10 @@ def test_percent_encoding_survives(data):
 @given(st.text(max_size=200) | st.text(string.ascii_letters + string.digits + ":;,/+=%-_ ", max_size=200) | st.binary())
 def test_anything_is_understood_or_refused(value):
     try:
-        assert isinstance(parse_source(value), ImageBytes | ImageUrl | ImageS3)
-    except (InvalidImage, SourceRefused) as refusal:
-        assert refusal.status == 400
+        source = parse_source(value)
+    except (InvalidImage, SourceRefused):
+        return
+    assert isinstance(source, ImageBytes | ImageUrl | ImageS3)
 
 
 class TestS3Uri:
@@ -175,9 +176,10 @@ class TestS3Uri:
 
     @pytest.mark.parametrize(
         "uri",
-        ["s3://", "s3://bucket", "s3://bucket/", "s3:///key", "s3://b/k", "s3://../key", "s3://a..b/key", "s3://bu cket/k",
+        ["s3://", "s3://bucket", "s3://bucket/", "s3:///key", "s3://b/k", "s3://../key", "s3://a..b/key",
          "s3://user@bucket/k", "s3://arn:aws:s3:us-east-1:1:accesspoint/x/k", "s3://bucket/../other/k",
-         "s3://bucket/a/./b", "s3://bucket/a\0b", "s3://bucket/a\nb", "s3://bucket/\ud800", "s3://bucket/" + "ü" * 513],
+         "s3://bucket/a/./b", "s3://bucket/a\0b", "s3://bucket/a\nb", "s3://bucket/\ud800", "s3://bu cket/k",
+         "s3://bucket/" + "ü" * 513],
     )  # fmt: skip
     def test_odd_ones_are_refused(self, uri):
         with pytest.raises(SourceRefused) as caught:

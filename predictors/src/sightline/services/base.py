@@ -83,6 +83,11 @@ def context_of(request: Request) -> Context:
     return cast("Context", request.state.context)
 
 
+async def health() -> dict[str, str]:
+    """`GET /health` of a model (contracts B8, E1): alive, whatever the model is doing."""
+    return {"status": "healthy"}
+
+
 def demo_fields(model: ModelInfo) -> Json:
     """The two fields that every answer of a demonstration model carries; nothing for a real one."""
     return {"demo_model": True, "model": model.name} if model.demo else {}

@@ -1,8 +1,9 @@
 """Bodies of routes: JSON, a form or a raw image become fields and uploads; answers become JSON."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import orjson
 from fastapi import Request, Response
@@ -10,7 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
-from sightline.errors import BadRequest, InvalidParameter
+from sightline.errors import BadRequest, InvalidParameter, PayloadTooLarge, SightlineError
 from sightline.settings import ServerSettings
 from sightline.wire import ImageBytes
 
@@ -30,55 +31,75 @@ class Body:
 async def read_body(request: Request, settings: ServerSettings) -> Body:
     """Read a body by its Content-Type; without one it is JSON, as curl users expect.
 
-    A raw `image/*` body is an upload named `image`. Raises BadRequest (400).
+    A raw `image/*` body is an upload named `image`, its options are in the query. Raises BadRequest (400),
+    PayloadTooLarge (413) for too many parts or a huge field, InvalidParameter (422).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in {"multipart/form-data", "application/x-www-form-urlencoded"}:
+    if kind == "multipart/form-data" or (kind == "application/x-www-form-urlencoded" and not await _is_json(request)):
         return await _read_form(request, settings)
     data = await request.body()
     if kind.startswith("image/"):
-        return Body(uploads={"image": ImageBytes(data)})
+        return Body(numbers_of_form(request.query_params), {"image": ImageBytes(data)})
     try:
         parsed: object = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from error
     if not isinstance(parsed, dict):
-        raise InvalidParameter("The body must be a JSON object.", code="invalid_body")
+        raise InvalidParameter("The body must be a JSON object.")
     return Body(cast("Mapping[str, object]", parsed))
 
 
+async def _is_json(request: Request) -> bool:
+    """`curl -d '{…}'` calls its JSON a form."""
+    return (await request.body()).lstrip()[:1] == b"{"
+
+
 async def _read_form(request: Request, settings: ServerSettings) -> Body:
+    fields: dict[str, object] = {}
+    uploads: dict[str, ImageBytes] = {}
     try:
         async with request.form(
-            max_files=settings.max_parts, max_fields=settings.max_parts, max_part_size=1 << 20
+            max_files=settings.max_parts,
+            max_fields=settings.max_parts,
+            max_part_size=2 * settings.max_image_bytes,  # an image as base64 is a third longer
         ) as form:
-            fields: dict[str, object] = {}
-            uploads: dict[str, ImageBytes] = {}
+            if len(form.multi_items()) > settings.max_parts:
+                raise _too_many_parts()
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
+                    if name in uploads:
+                        raise InvalidParameter("Send one file under each name.", code="too_many_items")
                     uploads[name] = ImageBytes(await value.read(), value.filename)
-                else:
+                elif value.strip():
                     fields[name] = value
-    except (MultiPartException, HTTPException) as error:
-        raise BadRequest("The form cannot be read.", code="invalid_form") from error
-    return Body(fields, uploads)
+    except (MultiPartException, HTTPException, ValueError) as error:  # ValueError: a charset that is none
+        raise _form_fault(error) from error
+    return Body(numbers_of_form(fields), uploads)
+
+
+def _too_many_parts() -> PayloadTooLarge:
+    return PayloadTooLarge("The form has too many parts.", code="too_many_parts")
+
+
+def _form_fault(error: HTTPException | MultiPartException | ValueError) -> SightlineError:
+    """Starlette says by its sentence alone what is wrong with a form; the sentence stays with us."""
+    text = str(getattr(error, "detail", "") or getattr(error, "message", ""))
+    if text.startswith("Too many"):
+        return _too_many_parts()
+    if text.startswith(("Part exceeded", "Field exceeded")):
+        return PayloadTooLarge("A field of the form is too large.")
+    return BadRequest("The form cannot be read.", code="invalid_form")
+
+
+NUMBERS = frozenset({"max_tokens", "max_new_tokens", "temperature", "top_p", "seed", "max_width"})
 
 
 def numbers_of_form(fields: Mapping[str, object]) -> dict[str, object]:
-    """Form fields are text: what reads as a JSON number or boolean becomes one; `null` and blanks go."""
-    parsed: dict[str, object] = {}
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            parsed[name] = value
-            continue
-        if not value.strip():
-            continue
-        try:
-            number: Any = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            number = value
-        if number is not None:
-            parsed[name] = number if isinstance(number, bool | int | float) else value
+    """Form fields are text: those that mean a number become one where they read as one."""
+    parsed = dict(fields)
+    for name in NUMBERS & fields.keys():
+        with contextlib.suppress(orjson.JSONDecodeError):
+            parsed[name] = orjson.loads(str(fields[name]))
     return parsed
 
 

@@ -27,6 +27,7 @@ from sightline.services.base import (
     Run,
     context_of,
     demo_fields,
+    health,
     image_of,
     images_of,
     instances_of,
@@ -35,7 +36,7 @@ from sightline.services.base import (
     sampling_of,
     spread,
 )
-from sightline.services.bodies import json_response, numbers_of_form, read_body
+from sightline.services.bodies import json_response, read_body
 from sightline.services.generation import (
     Generation,
     completion,
@@ -205,7 +206,7 @@ class DescribeService:
             response_model=None,
         )
         router.add_api_route("/api/v1/status/{run_id}", self._get_status, methods=["GET"], response_model=None)
-        router.add_api_route("/health", _health, methods=["GET"])
+        router.add_api_route("/health", health, methods=["GET"])
         return router
 
     async def _post_run(self, request: Request) -> Response:
@@ -214,7 +215,7 @@ class DescribeService:
         context = context_of(request)
         wait = _wait_seconds(request)
         body = await read_body(request, self._settings)
-        fields = numbers_of_form(body.fields) if body.uploads else body.fields
+        fields = body.fields
         if isinstance(envelope := fields.get("input"), dict):
             fields = cast("Mapping[str, object]", envelope)
         action = fields.get("action", "inference")
@@ -287,11 +288,6 @@ class DescribeService:
                 return "FAILED", _error(error)
             else:
                 return "COMPLETED", {"text": cast("Completion", result).text}
-
-
-async def _health() -> dict[str, str]:
-    """Alive, whatever the model is doing."""
-    return {"status": "healthy"}
 
 
 def _preset(value: object) -> str | None:

@@ -14,6 +14,7 @@ from sightline.services.base import (
     Json,
     Run,
     demo_fields,
+    health,
     instances_of,
     level_of,
     prompt_of,
@@ -137,8 +138,10 @@ class EnhanceService:
         )
 
     def router(self, run: Run) -> APIRouter:
-        """No routes of its own: the enhancer is reached by V1 and V2."""
-        return APIRouter()
+        """`GET /health`; the enhancer itself is reached by V1 and V2."""
+        router = APIRouter(tags=["enhance"])
+        router.add_api_route("/health", health, methods=["GET"])
+        return router
 
     def _from_instance(self, instance: object) -> EnhanceRequest:
         if isinstance(instance, str):

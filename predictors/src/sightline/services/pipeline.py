@@ -6,17 +6,13 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args
+from typing import Any, Literal, Protocol, TypeVar
 
 import httpx
 import numpy as np
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
-from starlette.responses import JSONResponse
 
 from sightline import chain, images, v2
 from sightline.engines.remote import RemoteStep, StepMetadata, StepName, new_client
@@ -24,7 +20,6 @@ from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
     InvalidParameter,
-    PayloadTooLarge,
     SightlineError,
 )
 from sightline.services.base import (
@@ -36,10 +31,12 @@ from sightline.services.base import (
     image_of,
     images_of,
     instances_of,
+    level_of,
     prompt_of,
     reject_unknown_inputs,
     spread,
 )
+from sightline.services.bodies import json_response, read_body
 from sightline.settings import PipelineSettings
 from sightline.sources import Sources, parse_source
 from sightline.wire import (
@@ -272,7 +269,7 @@ class PipelineService:
             responses={200: {"model": CaptionAnswer}} | _FAULTS,
             openapi_extra={"requestBody": {"required": True, "content": _CAPTION_CONTENT}},
         )
-        async def caption(request: Request) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        async def caption(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
             started = time.perf_counter()
             wanted, echo = await self._read(request)
             with _image_faults():
@@ -280,7 +277,7 @@ class PipelineService:
             answer = _answer(result)
             if "filename" in echo:
                 answer |= {"processing_time": round(time.perf_counter() - started, 4)}
-            return JSONResponse(echo | answer)
+            return json_response(echo | answer)
 
         @router.get("/health", summary="What the pipeline is made of, now", response_model=HealthAnswer)
         async def health() -> Json:  # pyright: ignore[reportUnusedFunction]
@@ -290,43 +287,12 @@ class PipelineService:
 
     async def _read(self, request: Request) -> tuple[PipelineRequest, Json]:
         """The request in whichever body it came, and the fields of it that its answer repeats."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in {"multipart/form-data", "application/x-www-form-urlencoded"}:
-            return await self._read_form(request)
-        if kind.startswith("image/"):
-            return _request(ImageBytes(await request.body()), dict(request.query_params)), {}
-        try:
-            body: object = orjson.loads(await request.body())
-        except orjson.JSONDecodeError as error:
-            raise BadRequest("The body is not valid JSON.", code="invalid_json") from error
-        if not isinstance(body, dict):
-            raise InvalidParameter("The body must be a JSON object.")
-        fields = cast("Mapping[str, object]", body)
-        image, echo = self._image(fields)
-        return _request(image, fields), echo
-
-    async def _read_form(self, request: Request) -> tuple[PipelineRequest, Json]:
-        settings = self._settings
-        try:
-            form = await request.form(
-                max_files=settings.max_parts,
-                max_fields=settings.max_parts,
-                max_part_size=2 * settings.max_image_bytes,  # an image as base64 is a third longer
-            )
-        except (HTTPException, MultiPartException) as error:
-            raise _form_fault(error) from error
-        try:
-            fields = {name: value for name, value in form.items() if isinstance(value, str) and value.strip()}
-            uploads = [value for value in form.getlist("image") if isinstance(value, UploadFile)]
-            if len(uploads) > 1:
-                raise InvalidParameter("Send one image a request.", code="too_many_items")
-            if not uploads:
-                image, echo = self._image(fields)
-                return _request(image, fields), echo
-            upload = uploads[0]
-            return _request(ImageBytes(await upload.read(), upload.filename), fields), {"filename": upload.filename}
-        finally:
-            await form.close()
+        body = await read_body(request, self._settings)
+        upload = body.uploads.get("image")
+        if upload is None:
+            image, echo = self._image(body.fields)
+            return _request(image, body.fields), echo
+        return _request(upload, body.fields), {"filename": upload.filename} if upload.filename else {}
 
     def _image(self, fields: Mapping[str, object]) -> tuple[ImageSource, Json]:
         """The image of a native body, and the field that the answer repeats. Raises 400 or 422."""
@@ -412,18 +378,10 @@ def _request(image: ImageSource, options: Mapping[str, object]) -> PipelineReque
         prompt=prompt_of(options.get("prompt")),
         detailed=flag_of(options, "detailed") is not False,
         enhance=flag_of(options, "enhance") if enhance is None else enhance,
-        level=_level(options.get("reasoning_level")),
+        level=level_of(options.get("reasoning_level")),
         strict=flag_of(options, "strict") is True,
         explain=flag_of(options, "explain") is True,
     )
-
-
-def _level(value: object) -> ReasoningLevel | None:
-    if value is None:
-        return None
-    if value not in get_args(ReasoningLevel):
-        raise InvalidParameter("reasoning_level must be low, medium or high.")
-    return cast("ReasoningLevel", value)
 
 
 def _text(fields: Mapping[str, object], name: str) -> str | None:
@@ -458,16 +416,6 @@ def _demo(result: chain.ChainResult) -> Json:
 
 def _fault_bytes(result: chain.ChainResult) -> bytes:
     return orjson.dumps(asdict(result.enhancement_error)) if result.enhancement_error else b""
-
-
-def _form_fault(error: HTTPException | MultiPartException) -> SightlineError:
-    """Starlette says by its sentence alone what is wrong with a form; the sentence stays with us."""
-    text = error.detail if isinstance(error, HTTPException) else error.message
-    if text.startswith("Too many"):
-        return PayloadTooLarge("The form has too many parts.", code="too_many_parts")
-    if text.startswith(("Part exceeded", "Field exceeded")):
-        return PayloadTooLarge("A field of the form is too large.")
-    return BadRequest("The form cannot be read.", code="invalid_form")
 
 
 @contextmanager
