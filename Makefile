@@ -25,7 +25,7 @@ test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 
 .PHONY: accuracy
 accuracy: .venv/.dev ## Exact-match figures on 200 fresh scenes through the running servers (SEED=n)
-	@$(BIN)/python tests/bench/accuracy.py --scenes 200 $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED))
 
 .PHONY: tiny
 tiny: .venv/.dev ## Train the small checkpoints again from SEED (under two hours on two cores) and report

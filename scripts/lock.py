@@ -1,6 +1,7 @@
 """Resolve requirements/*.in into locks with hashes and without index lines (which would name a registry).
 
-dev.in holds everything and is resolved first; the others take its versions, so that all of them are one stack.
+The stack with the vLLM engine is the narrowest (x86-64 Linux) and is resolved first; the developers' lock takes its
+versions, and the others take the developers'. So all of them are one environment.
 """
 
 import re
@@ -10,28 +11,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "requirements"
+EVERYWHERE = ("--universal",)
+GPU_IMAGE = ("--python-platform", "x86_64-manylinux_2_28")
 
 
 def main() -> None:
-    _compile("dev", constraints=())
-    for path in sorted(FOLDER.glob("*.in")):
-        if path.stem != "dev":
-            _compile(path.stem, constraints=("dev",))
+    compile_lock("vllm", platform=GPU_IMAGE)
+    compile_lock("dev", platform=EVERYWHERE, constraint="vllm")
+    compile_lock("demo", platform=EVERYWHERE, constraint="dev")
+    compile_lock("uv", platform=EVERYWHERE)
 
 
-def _compile(name: str, constraints: tuple[str, ...]) -> None:
+def compile_lock(name: str, *, platform: tuple[str, ...], constraint: str | None = None) -> None:
     lock = FOLDER / f"{name}.txt"
     command = [
-        str(ROOT / ".venv/bin/uv"), "-q", "pip", "compile", "--universal", "--python-version", "3.11",
+        str(ROOT / ".venv/bin/uv"), "-q", "pip", "compile", *platform, "--python-version", "3.11",
         "--generate-hashes", "--no-emit-index-url", "--no-annotate", "--no-header",
         f"requirements/{name}.in", "-o", str(lock),
     ]  # fmt: skip
-    for constraint in constraints:
+    if constraint is not None:
         command += ["-c", f"requirements/{constraint}.txt"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         sys.exit(f"cannot resolve {name}.in")
-    text = lock.read_text()
-    text = re.sub(r"(?m)^sightline\b.*\n", "", text)  # installed from its folder, without a hash
+    text = re.sub(r"(?m)^sightline\b.*\n", "", lock.read_text())  # installed from its folder, without a hash
     lock.write_text(f"# Made by `make lock` from {name}.in; do not edit.\n{text}")
 
 

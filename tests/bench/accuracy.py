@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one")
     parser.add_argument("--url", help="a running pipeline; default: start one")
-    parser.add_argument("--write", action="store_true", help=f"write {REPORT.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help="write docs/accuracy.md and the README's table")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 31)
     with pipeline(arguments.url) as url:
@@ -45,7 +45,16 @@ def main() -> int:
     print(report)
     if arguments.write:
         REPORT.write_text(report)
+        readme = ROOT / "README.md"
+        head, _, rest = readme.read_text().partition("<!-- accuracy -->\n")
+        _, _, tail = rest.partition("<!-- /accuracy -->")
+        readme.write_text(f"{head}<!-- accuracy -->\n{quoted(report)}<!-- /accuracy -->{tail}")
     return 0
+
+
+def quoted(report: str) -> str:
+    """What the README shows: the command and the table, without title and mistakes."""
+    return report.partition("\n\n")[2].partition("\nMistakes:")[0]
 
 
 @contextlib.contextmanager

@@ -19,6 +19,9 @@ from sightline.engines.base import Generated, GenerativeModel, IsAbandoned
 from sightline.errors import DeadlineExceeded, OutOfMemory, SightlineError, Unavailable
 from sightline.wire import Deadline, Sampling
 
+MIN_TEMPERATURE = 1e-5
+"""Below this sampling is greedy, as in vLLM (_SAMPLING_EPS): scores divided by 1e-38 are infinite."""
+
 Prepared = TypeVar("Prepared")
 Model = TypeVar("Model", bound=GenerativeModel[Any])
 
@@ -253,7 +256,7 @@ def generate_tokens(
         "num_beams": 1,
         "stopping_criteria": StoppingCriteriaList([_Abandoned()]),
     }
-    if sampling.temperature > 0:
+    if sampling.temperature >= MIN_TEMPERATURE:
         options |= {
             "do_sample": True,
             "temperature": sampling.temperature,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from sightline.errors import InvalidParameter
 from sightline.settings import EngineSettings, cpu_quota
 from sightline.wire import ModelInfo
 
@@ -26,6 +27,15 @@ class Quantization:
     is_8bit: bool = False
     max_memory_gpu: str | None = None
     max_memory_cpu: str | None = None
+
+
+def check_kind(settings: EngineSettings, *model_types: str) -> None:
+    """Raise LoadFailed, before anything large is read, when the checkpoint is of another kind."""
+    config = transformers.AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, cache_dir=settings.cache_dir, trust_remote_code=False
+    )
+    if config.model_type not in model_types:
+        raise LoadFailed(f"{settings.model}: not a {' or '.join(model_types)} checkpoint")
 
 
 def load_pretrained(
@@ -47,6 +57,7 @@ def load_pretrained(
         "trust_remote_code": False,
         "use_safetensors": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported instead of raised: `_check_weights` refuses them like the others
     }
     if use_cuda:
         memory: dict[int | str, str] = {}
@@ -100,6 +111,16 @@ def _digest(folder: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:12]
+
+
+def check_length(model: Any, tokens: int) -> None:  # noqa: ANN401
+    """Refuse a prompt that is longer than the model's context, before it costs quadratic memory.
+
+    8,192 characters may be 32,000 tokens. Raises InvalidParameter (422).
+    """
+    limit = int(model.config.get_text_config().max_position_embeddings)
+    if tokens >= limit:
+        raise InvalidParameter(f"The prompt has {tokens} tokens; this model reads {limit}.", code="prompt_too_long")
 
 
 def as_plain_text(text: str) -> str:

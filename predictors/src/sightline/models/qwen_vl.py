@@ -19,9 +19,10 @@ from sightline.engines.base import Generated, IsAbandoned, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.errors import InternalError
 from sightline.models.loading import (
-    LoadFailed,
     Quantization,
     as_plain_text,
+    check_kind,
+    check_length,
     load_pretrained,
     model_info,
 )
@@ -51,6 +52,7 @@ class QwenVL:
 
     def __init__(self, settings: DescribeSettings) -> None:
         """Load weights and processor; slow. Raises LoadFailed."""
+        check_kind(settings, "qwen2_vl", "qwen2_5_vl")
         self._processor: Any = AutoProcessor.from_pretrained(
             settings.model,
             revision=settings.revision,
@@ -63,8 +65,6 @@ class QwenVL:
             settings,
             Quantization(settings.load_8bit, settings.max_memory_gpu, settings.max_memory_cpu),
         )
-        if self._model.config.model_type not in {"qwen2_vl", "qwen2_5_vl"}:
-            raise LoadFailed(f"{settings.model}: not a Qwen2-VL or Qwen2.5-VL checkpoint")
         self._image_token_id = int(self._model.config.image_token_id)
         self._eos = _eos_token_ids(self._model, self._tokenizer)
         self._pad = int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos[0])
@@ -73,6 +73,8 @@ class QwenVL:
 
     def preprocess(self, image: Image.Image, prompt: str) -> Prompt:
         """Patches and token ids of one image and its prompt. Thread-safe; needs no device.
+
+        Raises InvalidParameter (422) when they are more than the model's context.
 
         image   RGB of any size; the processor resizes it to multiples of its patch size within its pixel budget
         """
@@ -85,6 +87,7 @@ class QwenVL:
         image_tokens = int((input_ids == self._image_token_id).sum())
         if image_tokens == 0:
             raise InternalError("The model would not have seen the image.", code="image_not_seen")
+        check_length(self._model, len(input_ids))
         return Prompt(
             input_ids=input_ids,
             token_types=inputs["mm_token_type_ids"][0],

@@ -3,7 +3,6 @@
 The server (the only importer of kserve) wraps a `Service` into a KServe `Model`; the service never sees KServe.
 """
 
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast, get_args
@@ -99,7 +98,9 @@ def sampling_of(options: Mapping[str, object], defaults: Sampling) -> Sampling:
     Raises InvalidParameter (422) on a wrong type or range (contract B5, B6).
     """
     sampling = defaults
-    tokens = options.get("max_tokens", options.get("max_new_tokens"))
+    tokens = options.get("max_tokens")
+    if tokens is None:
+        tokens = options.get("max_new_tokens")
     if tokens is not None:
         sampling = replace(
             sampling,
@@ -121,7 +122,7 @@ def _number(name: str, value: object, low: float, high: float, *, whole: bool = 
     fault = InvalidParameter(f"{name} must be {'a whole number' if whole else 'a number'} from {low:g} to {high:g}.")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise fault
-    if not math.isfinite(value) or not low <= value <= high or (whole and value != int(value)):
+    if not low <= value <= high or (whole and value != int(value)):  # no range holds NaN
         raise fault
     return value
 

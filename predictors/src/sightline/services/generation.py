@@ -50,11 +50,19 @@ class Generation(Generic[Model]):
 
 async def within(deadline: Deadline, work: Awaitable[T]) -> T:
     """Await work until the deadline. Raises DeadlineExceeded (504)."""
-    deadline.check()
     try:
-        async with asyncio.timeout(deadline.remaining()):
+        deadline.check()
+    except DeadlineExceeded:
+        if asyncio.iscoroutine(work):
+            work.close()  # else Python complains that it was never awaited
+        raise
+    limit = asyncio.timeout(deadline.remaining())
+    try:
+        async with limit:
             return await work
     except TimeoutError as error:
+        if not limit.expired():
+            raise
         raise DeadlineExceeded("The request was not prepared within its deadline.") from error
 
 

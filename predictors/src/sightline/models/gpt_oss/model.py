@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sightline.engines.base import Generated, IsAbandoned, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.models.gpt_oss.harmony import Answer, HarmonyTokens, parse
-from sightline.models.loading import LoadFailed, as_plain_text, load_pretrained, model_info
+from sightline.models.loading import LoadFailed, as_plain_text, check_kind, check_length, load_pretrained, model_info
 from sightline.settings import EnhanceSettings
 from sightline.wire import ReasoningLevel, Sampling
 
@@ -39,6 +39,7 @@ class GptOss:
 
     def __init__(self, settings: EnhanceSettings) -> None:
         """Load weights and tokenizer; slow. Raises LoadFailed."""
+        check_kind(settings, "gpt_oss")
         self._tokenizer: Any = AutoTokenizer.from_pretrained(
             settings.model,
             revision=settings.revision,
@@ -46,8 +47,6 @@ class GptOss:
             trust_remote_code=False,
         )
         self._model: Any = load_pretrained(AutoModelForCausalLM, settings)
-        if self._model.config.model_type != "gpt_oss":
-            raise LoadFailed(f"{settings.model}: not a gpt-oss checkpoint")
         _refuse_dequantised(settings.model, self._model)
         self._tokens = harmony_tokens(self._tokenizer)
         self._pad = int(self._tokenizer.pad_token_id or 0)
@@ -55,7 +54,10 @@ class GptOss:
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
 
     def preprocess(self, caption: str, level: ReasoningLevel) -> Prompt:
-        """Token ids of the harmony conversation that asks for an enhancement. Thread-safe."""
+        """Token ids of the harmony conversation that asks for an enhancement. Thread-safe.
+
+        Raises InvalidParameter (422) when they are more than the model's context.
+        """
         quoted = as_plain_text(caption).replace("</caption>", "< /caption>")
         ids = self._tokenizer.apply_chat_template(
             [
@@ -67,6 +69,7 @@ class GptOss:
             return_dict=True,
             return_tensors="pt",
         )["input_ids"][0]
+        check_length(self._model, len(ids))
         return Prompt(ids)
 
     def generate(self, batch: Sequence[Prompt], sampling: Sampling, is_abandoned: IsAbandoned) -> list[Generated]:
