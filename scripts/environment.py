@@ -56,7 +56,8 @@ def _make_venv() -> None:
 
 
 def _uv(*arguments: str) -> None:
-    _run([str(UV), "-q", *arguments])
+    quiet = [] if sys.stderr.isatty() else ["-q"]  # a person wants to see the download move
+    _run([str(UV), *quiet, *arguments])
 
 
 def _run(command: list[str]) -> None:

@@ -329,8 +329,7 @@ class TestSeveralServers:
         victim, heir = Worker("victim", is_free=False), Worker("heir")
         first, second = serve(victim), serve(heir)
         run_id = await first.submit(REQUEST, IMAGE, ME)
-        await soon(victim.began.wait())
-        await first.close()
+        await soon(victim.began.wait())  # and there it stays: a killed server says nothing more
 
         await second.sweep()
         assert heir.calls == []
@@ -532,6 +531,17 @@ class TestClosing:
 
         assert worker.was_cancelled
         assert (await server.get(run_id, ME)).status == "IN_PROGRESS"
+
+    async def test_hands_its_runs_over_without_waiting_for_the_lease_to_end(self, serve: Serve) -> None:
+        worker, heir = Worker(is_free=False), Worker("heir")
+        first, second = serve(worker), serve(heir)
+        run_id = await first.submit(REQUEST, IMAGE, ME)
+        await soon(worker.began.wait())
+
+        await soon(first.close())
+        await second.sweep()
+
+        assert await finished(second, run_id) == RunState(run_id, "COMPLETED", {"text": "heir"})
 
     async def test_an_idle_server_closes_at_once_and_twice(self, serve: Serve) -> None:
         server = serve(Worker())

@@ -143,11 +143,12 @@ class Runs:
 
     async def cancel(self, run_id: str) -> None:
         """End a run that this server works on as CANCELLED, unless it has just finished."""
+        # The result first: with its lease released, a run without one would be taken up again.
+        await self._finish(run_id, "CANCELLED", {"code": "client_gone", "message": "The client left."})
         task = self._tasks.get(run_id)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await self._finish(run_id, "CANCELLED", {"code": "client_gone", "message": "The client left."})
 
     async def sweep(self) -> None:
         """Delete expired runs and take up abandoned ones."""
@@ -200,6 +201,12 @@ class Runs:
                 log.exception("bug run=%s", run_id)
                 status, value = "FAILED", {"code": "internal_error", "message": "Something went wrong on the server."}
             await self._finish(run_id, status, value)
+        except asyncio.CancelledError:  # this server is stopping: another one need not wait for the lease to end
+            renewing.cancel()
+            released = orjson.dumps({"holder": self._holder, "expires": 0})
+            with contextlib.suppress(Exception):
+                await asyncio.to_thread(obstore.put, self._store, lease_key, released)
+            raise
         finally:
             renewing.cancel()
 

@@ -4,10 +4,11 @@ KServe 0.21's V2 route cannot take raw image bytes, gzip bodies or tritonclient'
 has none, and lets anybody unload the model (reference/kserve.md §0). A route that is registered first wins.
 """
 
+import asyncio
 import gzip
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import orjson
 from fastapi import APIRouter, Request
@@ -18,6 +19,8 @@ from sightline.errors import BadRequest, NotFound, NotSupported, PayloadTooLarge
 from sightline.server.model import PredictorModel
 from sightline.services.base import Json, context_of
 from sightline.services.bodies import json_response
+
+T = TypeVar("T")
 
 VERSION = "1"
 EXTENSIONS = ["binary_tensor_data"]
@@ -129,8 +132,15 @@ class Protocols:
             raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
         context = context_of(request)
         body = _decompressed(await request.body(), request.headers.get("content-encoding"), self._max_bytes)
-        parsed = v2.parse_request(body, request.headers.get(v2.HEADER_LENGTH))
-        results = await model.run(model.service.from_v2(parsed), context)
+        announced = request.headers.get(v2.HEADER_LENGTH)
+
+        def parse() -> tuple[v2.InferRequest, Sequence[object]]:
+            parsed = v2.parse_request(body, announced)
+            _check_outputs(parsed, model)
+            return parsed, model.service.from_v2(parsed)
+
+        parsed, requests = await _beside_the_loop(len(body), parse)
+        results = await model.run(requests, context)
         response = model.service.to_v2(results)
         # KServe's own client insists on an id; the protocol lets us choose one.
         response = v2.InferResponse(
@@ -149,13 +159,17 @@ class Protocols:
         if not model.has_loaded:
             raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
         body = _decompressed(await request.body(), request.headers.get("content-encoding"), self._max_bytes)
-        try:
-            parsed: object = orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise BadRequest("The body is not valid JSON.", code="invalid_json") from error
-        if not isinstance(parsed, dict):
-            raise BadRequest("The body must be a JSON object with 'instances'.")
-        requests = model.service.from_v1(cast("Mapping[str, object]", parsed))
+
+        def parse() -> Sequence[object]:
+            try:
+                parsed: object = orjson.loads(body)
+            except orjson.JSONDecodeError as error:
+                raise BadRequest("The body is not valid JSON.", code="invalid_json") from error
+            if not isinstance(parsed, dict):
+                raise BadRequest("The body must be a JSON object with 'instances'.")
+            return model.service.from_v1(cast("Mapping[str, object]", parsed))
+
+        requests = await _beside_the_loop(len(body), parse)
         results = await model.run(requests, context_of(request))
         return json_response(model.service.to_v1(results))
 
@@ -164,6 +178,21 @@ class Protocols:
         if model is None or version not in {None, VERSION}:
             raise NotFound("No such model.", code="model_not_found")
         return model
+
+
+LARGE_BYTES = 1 << 20
+
+
+async def _beside_the_loop(size: int, work: Callable[[], T]) -> T:
+    """Parse a large body in a thread: 100 MB of base64 would stop the event loop, and with it the probes."""
+    return await asyncio.to_thread(work) if size > LARGE_BYTES else work()
+
+
+def _check_outputs(request: v2.InferRequest, model: PredictorModel) -> None:
+    """Refuse unknown outputs before the model has worked for them."""
+    known = {spec.name for spec in model.service.outputs}
+    if not known.issuperset(request.outputs):
+        raise BadRequest("A requested output does not exist.", code="unknown_output")
 
 
 def _readiness(body: Json, *, is_ready: bool) -> Response:

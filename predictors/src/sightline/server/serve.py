@@ -63,8 +63,9 @@ async def _answer(request: Request, error: Exception) -> Response:
         error = InvalidParameter("The request has an invalid parameter.")
     known = translate(error)
     assert known is not None  # noqa: S101 - both registered kinds are known
+    allowed = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     body = error_body(request.url.path, known, context_of(request).request_id)
-    return json_response(body, status_code=known.status, headers=error_headers(known))
+    return json_response(body, status_code=known.status, headers=error_headers(known) | allowed)
 
 
 class _RESTServer(RESTServer):

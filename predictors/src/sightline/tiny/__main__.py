@@ -7,6 +7,8 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from sightline.tiny import HERE
 
@@ -17,10 +19,14 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train from nothing and write the checkpoints")
     train.add_argument("which", nargs="?", choices=("describe", "enhance", "all"), default="all")
     train.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
-    train.add_argument("--steps", type=int, help="optimiser steps (default: what the report names)")
-    train.add_argument("--minutes", type=float, help="stop after this much wall time; the schedule is fitted to it")
+    train.add_argument("--steps", type=int, help="one leg of so many optimiser steps (default: all legs)")
+    train.add_argument(
+        "--minutes", type=float, help="end each leg after this much wall time; its schedule is fitted to it"
+    )
     train.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    train.add_argument("--resume", action="store_true", help="describe: go on from the weights in --out; change --seed")
+    train.add_argument(
+        "--resume", action="store_true", help="one more leg of describe from the weights in --out; needs --steps"
+    )
     train.add_argument("--out", type=Path, default=HERE, help="folder that gets describe/ and enhance/")
     report = verbs.add_parser("report", help="measure both checkpoints; writes REPORT.md and report.json")
     report.add_argument("--scenes", type=int, default=200, help="scenes of each kind (default 200)")
@@ -32,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.resume and not (args.steps and args.which == "describe"):
+        sys.exit("--resume is for `train describe --steps N`")
     # Spinning OpenMP threads make every step up to ten times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -43,21 +51,27 @@ def _train(args: argparse.Namespace) -> None:
     for name, module in (("enhance", enhancer), ("describe", describer)):
         if args.which not in (name, "all"):
             continue
-        steps = args.steps or module.DEFAULT_STEPS
         path = args.out / name / report.RECORD
-        command = f"python -m sightline.tiny train {name} --seed {args.seed} --steps {steps} --threads {args.threads}"
-        if args.minutes:
-            command += f" --minutes {args.minutes:g}"
-        if args.resume and name == "describe":
-            legs = json.loads(path.read_text())["legs"]
-            command += " --resume"
-            record = describer.train(args.out / name, seed=args.seed, steps=steps, minutes=args.minutes, resume=True)
-        else:
-            legs = []
-            record = module.train(args.out / name, seed=args.seed, steps=steps, minutes=args.minutes)
-        record = {"command": command, **record}
-        path.write_text(json.dumps({"legs": [*legs, record], "hardware": report.hardware()}, indent=2) + "\n")
-        sys.stdout.write(json.dumps({name: record}) + "\n")
+        legs = json.loads(path.read_text())["legs"] if args.resume else []
+        for number, steps in enumerate((args.steps,) if args.steps else module.LEGS):
+            is_resumed = args.resume or number > 0
+            record = _leg(module, args.out / name, args, seed=args.seed + number, steps=steps, resume=is_resumed)
+            legs.append(record)
+            path.write_text(json.dumps({"legs": legs, "hardware": report.hardware()}, indent=2) + "\n")
+            sys.stdout.write(json.dumps({name: record}) + "\n")
+
+
+def _leg(
+    module: ModuleType, out: Path, args: argparse.Namespace, *, seed: int, steps: int, resume: bool
+) -> dict[str, Any]:
+    """One training with a learning-rate schedule of its own; returns its record."""
+    command = f"python -m sightline.tiny train {out.name} --seed {seed} --steps {steps} --threads {args.threads}"
+    if args.minutes:
+        command += f" --minutes {args.minutes:g}"
+    if resume:
+        command += " --resume"
+    options = {"resume": True} if resume else {}
+    return {"command": command, **module.train(out, seed=seed, steps=steps, minutes=args.minutes, **options)}
 
 
 def _report(args: argparse.Namespace) -> None:

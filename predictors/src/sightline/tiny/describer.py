@@ -617,7 +617,9 @@ def exact(
     return one, two
 
 
-DEFAULT_STEPS = 6500
+LEGS = (2250, 2500, 3250)
+"""Optimiser steps of each leg. Every leg has fresh pictures and a learning-rate schedule of its own, and goes on from
+the weights of the one before."""
 BATCH = 16
 PARTS = 2
 """Batches of one grid each whose gradients are added up for a step, so that no step sees one shape of picture only."""
@@ -658,7 +660,7 @@ def _gradients(
 
 
 def train(
-    out: Path, *, seed: int = 0, steps: int = DEFAULT_STEPS, minutes: float | None = None, resume: bool = False
+    out: Path, *, seed: int = 0, steps: int, minutes: float | None = None, resume: bool = False
 ) -> dict[str, Any]:
     """Train and write the checkpoint; the data depend on the seed alone.
 

@@ -239,11 +239,12 @@ def draw_batch(rng: random.Random, tokenizer: Tokenizer, batch: int) -> tuple[Te
 
 _TAUGHT = taught()
 
-DEFAULT_STEPS = 1000
+LEGS = (1000,)
+"""Optimiser steps."""
 BATCH = 16
 
 
-def train(out: Path, *, seed: int = 0, steps: int = DEFAULT_STEPS, minutes: float | None = None) -> dict[str, Any]:
+def train(out: Path, *, seed: int = 0, steps: int, minutes: float | None = None) -> dict[str, Any]:
     """Train from nothing and write the checkpoint; the data depend on the seed alone.
 
     returns  what the report needs: steps, minutes, examples
