@@ -6,7 +6,8 @@ import pytest
 
 from sightline.engines.base import Generated
 from sightline.errors import DeadlineExceeded, InvalidImage, SightlineError
-from sightline.services.generation import completion, gather, parameters_of, within
+from sightline.services.base import together
+from sightline.services.generation import completion, parameters_of, within
 from sightline.wire import Completion, Deadline, ModelInfo, Usage
 
 DEMO = ModelInfo("sightline-tiny", "abc", demo=True)
@@ -21,10 +22,10 @@ async def failing(error: Exception) -> int:
     raise error
 
 
-class TestGather:
+class TestTogether:
     async def test_gives_results_in_order(self) -> None:
-        assert await gather(value(number) for number in (3, 1, 2)) == [3, 1, 2]
-        assert await gather([]) == []
+        assert await together(value(number) for number in (3, 1, 2)) == [3, 1, 2]
+        assert await together([]) == []
 
     async def test_the_first_failure_is_raised_alone_and_ends_the_others(self) -> None:
         was_cancelled = asyncio.Event()
@@ -37,18 +38,18 @@ class TestGather:
                 raise
 
         with pytest.raises(InvalidImage) as caught:
-            await gather([endless(), value(1), failing(InvalidImage("no image"))])
+            await together([endless(), value(1), failing(InvalidImage("no image"))])
 
         assert was_cancelled.is_set()
-        assert caught.value.message == "no image"
+        assert caught.value.message == "Item 2: no image"
 
     async def test_of_two_failures_one_is_raised(self) -> None:
         with pytest.raises(SightlineError):
-            await gather([failing(InvalidImage("a")), failing(InvalidImage("b"))])
+            await together([failing(InvalidImage("a")), failing(InvalidImage("b"))])
 
     async def test_nested_failures_come_out_plain(self) -> None:
         with pytest.raises(InvalidImage):
-            await gather([gather([failing(InvalidImage("a"))])])
+            await together([together([failing(InvalidImage("a"))])])
 
     async def test_being_cancelled_is_no_failure(self) -> None:
         began = asyncio.Event()
@@ -57,7 +58,7 @@ class TestGather:
             began.set()
             await asyncio.Event().wait()
 
-        task = asyncio.create_task(gather([endless()]))
+        task = asyncio.create_task(together([endless()]))
         await began.wait()
         task.cancel()
 

@@ -746,9 +746,8 @@ class TestManyItems:
             raise ZeroDivisionError
 
         monkeypatch.setattr(gateway.shelf, "fetch", broken)
-        with pytest.raises(ExceptionGroup) as raised:
+        with pytest.raises(ZeroDivisionError):
             await gateway.run([PipelineRequest(ImageBytes(PNG))] * 2)
-        assert raised.group_contains(ZeroDivisionError)
 
     async def test_cancelling_the_call_cancels_the_steps(self, gateway: Gateway) -> None:
         gateway.describe.held = asyncio.Event()

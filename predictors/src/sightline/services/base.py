@@ -3,14 +3,15 @@
 The server (the only importer of kserve) wraps a `Service` into a KServe `Model`; the service never sees KServe.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast, get_args
 
 from fastapi import APIRouter, Request
 
 from sightline import v2
-from sightline.errors import BadRequest, InvalidParameter
+from sightline.errors import BadRequest, InvalidParameter, SightlineError
 from sightline.sources import parse_source
 from sightline.wire import (
     MAX_IMAGES_PER_CALL,
@@ -26,6 +27,7 @@ from sightline.wire import (
 Req = TypeVar("Req")
 Prepared = TypeVar("Prepared")
 Res = TypeVar("Res")
+T = TypeVar("T")
 
 Json = dict[str, Any]
 Run = Callable[[Sequence[Any], Context], Awaitable[Sequence[Any]]]
@@ -75,6 +77,26 @@ class Service(Protocol[Req, Prepared, Res]):
     def router(self, run: Run) -> APIRouter:
         """The service's own routes; each hands its requests to `run`."""
         ...
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order. The first failure cancels the rest and is raised alone, with its index when of several."""
+    items = list(work)
+    if len(items) == 1:
+        return [await items[0]]
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks.extend(group.create_task(item) for item in items)
+    except BaseExceptionGroup as failures:
+        for index, task in enumerate(tasks):
+            failure = None if task.cancelled() else task.exception()
+            if isinstance(failure, SightlineError):
+                raise type(failure)(
+                    f"Item {index}: {failure.message}", code=failure.code, retry_after=failure.retry_after
+                ) from failure
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def context_of(request: Request) -> Context:

@@ -35,14 +35,14 @@ from sightline.services.base import (
     reject_unknown_inputs,
     sampling_of,
     spread,
+    together,
 )
 from sightline.services.bodies import json_response, read_body
 from sightline.services.generation import (
     Generation,
     completion,
-    gather,
     parameters_of,
-    usage_json,
+    predictions_of,
     within,
 )
 from sightline.settings import DescribeSettings
@@ -116,21 +116,13 @@ class DescribeService:
         self._decoder.close()
 
     def metadata(self) -> dict[str, v2.Scalar]:
-        """What the model's V2 metadata says beside its tensors. Raises Unavailable before it is loaded."""
-        model = self._generation.model
-        return {
-            "model": model.info.name,
-            "model_revision": model.info.revision,
-            "demo_model": model.info.demo,
-            "backend": model.runtime.backend,
-            "device": model.runtime.device,
-            "dtype": model.runtime.dtype,
-        }
+        """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""
+        return self._generation.metadata()
 
     async def preprocess(self, requests: Sequence[DescribeRequest], context: Context) -> _Prepared:
         started = time.monotonic()
         model = self._generation.model
-        prompts = await within(context.deadline, gather(self._prompt(model, request) for request in requests))
+        prompts = await within(context.deadline, together(self._prompt(model, request) for request in requests))
         samplings = [request.sampling for request in requests]
         return _Prepared(tuple(zip(prompts, samplings, strict=True)), started)
 
@@ -156,13 +148,7 @@ class DescribeService:
         return requests
 
     def to_v1(self, results: Sequence[Completion]) -> Json:
-        return {
-            "predictions": [
-                {"text": item.text, "finish_reason": item.finish_reason, "usage": usage_json(item)}
-                | demo_fields(item.model)
-                for item in results
-            ]
-        } | demo_fields(results[0].model)
+        return predictions_of(results)
 
     def from_v2(self, request: v2.InferRequest) -> list[DescribeRequest]:
         reject_unknown_inputs(request, self.inputs)

@@ -13,15 +13,15 @@ from sightline.errors import BadRequest, SightlineError
 from sightline.services.base import (
     Json,
     Run,
-    demo_fields,
     health,
     instances_of,
     level_of,
     prompt_of,
     reject_unknown_inputs,
     sampling_of,
+    together,
 )
-from sightline.services.generation import Generation, completion, gather, parameters_of, usage_json
+from sightline.services.generation import Generation, completion, parameters_of, predictions_of
 from sightline.settings import EnhanceSettings
 from sightline.wire import (
     MAX_IMAGES_PER_CALL,
@@ -73,23 +73,14 @@ class EnhanceService:
         await self._generation.close()
 
     def metadata(self) -> dict[str, v2.Scalar]:
-        """What the model's V2 metadata says beside its tensors; empty before it is loaded."""
-        model = self._generation.model
-        return {
-            "model": model.info.name,
-            "model_revision": model.info.revision,
-            "demo_model": model.info.demo,
-            "backend": model.runtime.backend,
-            "device": model.runtime.device,
-            "dtype": model.runtime.dtype,
-            "reasoning_level": self._settings.reasoning_level,
-        }
+        """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""
+        return self._generation.metadata() | {"reasoning_level": self._settings.reasoning_level}
 
     async def preprocess(self, requests: Sequence[EnhanceRequest], context: Context) -> _Prepared:
         started = time.monotonic()
         model = self._generation.model
         default: ReasoningLevel = self._settings.reasoning_level
-        prompts = await gather(
+        prompts = await together(
             self._generation.in_pool(partial(model.preprocess, request.caption, request.level or default))
             for request in requests
         )
@@ -110,13 +101,7 @@ class EnhanceService:
         return [self._from_instance(instance) for instance in instances_of(body)]
 
     def to_v1(self, results: Sequence[Completion]) -> Json:
-        return {
-            "predictions": [
-                {"text": item.text, "finish_reason": item.finish_reason, "usage": usage_json(item)}
-                | demo_fields(item.model)
-                for item in results
-            ]
-        } | demo_fields(results[0].model)
+        return predictions_of(results)
 
     def from_v2(self, request: v2.InferRequest) -> list[EnhanceRequest]:
         reject_unknown_inputs(request, self.inputs)

@@ -4,11 +4,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.engines.hf import HFEngine
 from sightline.errors import DeadlineExceeded
+from sightline.services.base import Json, demo_fields, together
 from sightline.v2 import Scalar
 from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, Usage
 
@@ -30,6 +32,18 @@ class Generation(Generic[Model]):
     def model(self) -> Model:
         return self.engine.model
 
+    def metadata(self) -> dict[str, Scalar]:
+        """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""
+        info, runtime = self.model.info, self.model.runtime
+        return {
+            "model": info.name,
+            "model_revision": info.revision,
+            "demo_model": info.demo,
+            "backend": runtime.backend,
+            "device": runtime.device,
+            "dtype": runtime.dtype,
+        }
+
     async def start(self) -> None:
         """Load; see `HFEngine.start`."""
         await self.engine.start()
@@ -45,7 +59,7 @@ class Generation(Generic[Model]):
 
     async def generate_all(self, prompts: Sequence[tuple[Any, Sampling]], context: Context) -> list[Generated]:
         """Answers in order. The first failure cancels the rest."""
-        return await gather(self.engine.generate(prompt, sampling, context.deadline) for prompt, sampling in prompts)
+        return await together(self.engine.generate(prompt, sampling, context.deadline) for prompt, sampling in prompts)
 
 
 async def within(deadline: Deadline, work: Awaitable[T]) -> T:
@@ -64,23 +78,6 @@ async def within(deadline: Deadline, work: Awaitable[T]) -> T:
         if not limit.expired():
             raise
         raise DeadlineExceeded("The request was not prepared within its deadline.") from error
-
-
-async def gather(work: Any) -> list[Any]:  # noqa: ANN401 - an iterable of coroutines of one type
-    """Run coroutines together; the first failure cancels the others and is raised alone."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(item) for item in work]
-    except* Exception as failures:
-        raise _first(failures) from None
-    return [task.result() for task in tasks]
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    failure: BaseException = failures
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    return failure
 
 
 def completion(
@@ -119,11 +116,11 @@ def parameters_of(completions: Sequence[Completion]) -> dict[str, Scalar]:
     return parameters
 
 
-def usage_json(item: Completion) -> dict[str, object]:
-    """Usage of one answer in V1 and native bodies."""
-    return {
-        "prompt_tokens": item.usage.prompt_tokens,
-        "completion_tokens": item.usage.completion_tokens,
-        "image_tokens": item.usage.image_tokens,
-        "reasoning_tokens": item.usage.reasoning_tokens,
-    }
+def predictions_of(completions: Sequence[Completion]) -> Json:
+    """The V1 answer."""
+    return {"predictions": [_prediction(item) for item in completions]} | demo_fields(completions[0].model)
+
+
+def _prediction(item: Completion) -> Json:
+    usage = asdict(item.usage)
+    return {"text": item.text, "finish_reason": item.finish_reason, "usage": usage} | demo_fields(item.model)

@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import httpx
 import numpy as np
@@ -20,7 +20,6 @@ from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
     InvalidParameter,
-    SightlineError,
 )
 from sightline.services.base import (
     Json,
@@ -35,6 +34,7 @@ from sightline.services.base import (
     prompt_of,
     reject_unknown_inputs,
     spread,
+    together,
 )
 from sightline.services.bodies import json_response, read_body
 from sightline.settings import PipelineSettings
@@ -50,8 +50,6 @@ from sightline.wire import (
 )
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 IMAGE_FAULT = "Failed to fetch/decode image: "
 """Contract D6: how the original begins such an answer."""
@@ -179,11 +177,11 @@ class PipelineService:
 
     async def preprocess(self, requests: Sequence[PipelineRequest], context: Context) -> Prepared:
         """Fetch every image and check its header. Raises 4xx before a model is asked; 504 when it takes too long."""
-        return tuple(await _together([self._fetch(request, context) for request in requests]))
+        return tuple(await together([self._fetch(request, context) for request in requests]))
 
     async def predict(self, prepared: Prepared, context: Context) -> list[chain.ChainResult]:
         """Run the chains together, at most `max_concurrency` of all calls at once; the first failure ends the rest."""
-        return await _together([self._chain(request, context) for request in prepared])
+        return await together([self._chain(request, context) for request in prepared])
 
     async def _fetch(self, request: PipelineRequest, context: Context) -> chain.ChainRequest:
         async with _turn(self._fetching, context):
@@ -427,26 +425,7 @@ def _image_faults() -> Generator[None, None, None]:
         raise type(error)(IMAGE_FAULT + error.message, code=error.code, retry_after=error.retry_after) from error
 
 
-# --- together, in turn -----------------------------------------------------------------------------------------------
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order. The first failure cancels the rest and is raised alone, with its index when of several."""
-    if len(work) == 1:
-        return [await work[0]]
-    tasks: list[asyncio.Task[T]] = []
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks.extend(group.create_task(item) for item in work)
-    except BaseExceptionGroup:
-        for index, task in enumerate(tasks):
-            failure = None if task.cancelled() else task.exception()
-            if isinstance(failure, SightlineError):
-                raise type(failure)(
-                    f"Item {index}: {failure.message}", code=failure.code, retry_after=failure.retry_after
-                ) from failure
-        raise
-    return [task.result() for task in tasks]
+# --- in turn -----------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
