@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def run(port: int, *, keep_serving: bool) -> int:
     console = Console()
     signal.signal(signal.SIGTERM, _exit)  # so that the servers are stopped, too
     try:
+        _check_free(port)
         with _servers(port) as processes:
             _wait_until_ready(processes, console)
             is_good = _caption_samples(port, console)
@@ -60,6 +62,17 @@ def run(port: int, *, keep_serving: bool) -> int:
     except KeyboardInterrupt:
         console.print("\nStopped.")
         return 0
+
+
+def _check_free(port: int) -> None:
+    """An earlier demonstration would answer in the new one's place."""
+    for wanted in range(port, port + 3):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((HOST, wanted))
+            except (OSError, OverflowError) as error:
+                raise DemoFailed(f"port {wanted} cannot be used; choose another with PORT=9000 make demo") from error
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
