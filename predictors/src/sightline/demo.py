@@ -1,5 +1,6 @@
 """`make demo`: the whole chain on 127.0.0.1 as three processes, two sample images, readable answers."""
 
+import ctypes
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from sightline.client import Client, RequestFailed
 START_SECONDS = 300
 STOP_SECONDS = 20
 HOST = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1
 
 
 class DemoFailed(Exception):
@@ -48,6 +50,7 @@ def run(port: int, *, keep_serving: bool) -> int:
     """Run the demonstration. Returns 0 when both samples were captioned and enhanced, else 1."""
     console = Console()
     signal.signal(signal.SIGTERM, _exit)  # so that the servers are stopped, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     try:
         _check_free(port)
         with _servers(port) as processes:
@@ -106,11 +109,17 @@ def _servers(port: int) -> Generator[Sequence[Process]]:
                     stderr=log,
                     env=_environment(),
                     start_new_session=True,  # Ctrl-C is ours to hand on
+                    preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no threads yet
                 )
                 processes.append(Process(name, ports[name], popen, log))
             yield processes
         finally:
             _stop(processes)
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for a SIGTERM when the demonstration is killed and cannot stop its servers itself."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _environment() -> dict[str, str]:
