@@ -28,7 +28,7 @@ accuracy: .venv/.dev ## Exact-match figures on 200 fresh scenes through the runn
 	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED))
 
 .PHONY: tiny
-tiny: .venv/.dev ## Train the small checkpoints again from SEED (under two hours on two cores) and report
+tiny: .venv/.dev ## Train the small checkpoints again from SEED and report (estimated: 105 minutes on two cores)
 	@$(BIN)/python -m sightline.tiny train all --seed $(or $(SEED),0)
 	@$(BIN)/python -m sightline.tiny report
 
