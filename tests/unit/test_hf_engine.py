@@ -74,7 +74,7 @@ class Bench:
 
     def __init__(self, max_batch: int = 8) -> None:
         self.model = GatedModel()
-        self.engine: HFEngine[GatedModel, str] = HFEngine(lambda: self.model, max_batch=max_batch)
+        self.engine: HFEngine[GatedModel, str, Sampling, Generated] = HFEngine(lambda: self.model, max_batch=max_batch)
 
     def submit(
         self, item: str, sampling: Sampling = GREEDY, deadline: Deadline | None = None
@@ -396,7 +396,7 @@ class TestFailures:
 class TestStartAndClose:
     async def test_what_loading_raised_start_raises(self) -> None:
         fault = OSError("no such checkpoint")
-        engine: HFEngine[GatedModel, str] = HFEngine(raising_load(fault), max_batch=1)
+        engine: HFEngine[GatedModel, str, Sampling, Generated] = HFEngine(raising_load(fault), max_batch=1)
 
         with pytest.raises(OSError, match="no such checkpoint"):
             await soon(engine.start())
@@ -409,7 +409,7 @@ class TestStartAndClose:
 
     async def test_while_it_loads_the_event_loop_is_free_and_requests_are_told_to_wait(self) -> None:
         gate, model = threading.Event(), GatedModel()
-        engine: HFEngine[GatedModel, str] = HFEngine(lambda: waiting_for(gate, model), max_batch=1)
+        engine: HFEngine[GatedModel, str, Sampling, Generated] = HFEngine(lambda: waiting_for(gate, model), max_batch=1)
         starting = asyncio.create_task(engine.start())
         await asyncio.sleep(0)
 
@@ -423,7 +423,9 @@ class TestStartAndClose:
 
     async def test_close_while_loading_does_not_wait_for_the_load(self) -> None:
         gate = threading.Event()
-        engine: HFEngine[GatedModel, str] = HFEngine(lambda: waiting_for(gate, GatedModel()), max_batch=1)
+        engine: HFEngine[GatedModel, str, Sampling, Generated] = HFEngine(
+            lambda: waiting_for(gate, GatedModel()), max_batch=1
+        )
         starting = asyncio.create_task(engine.start())
         await asyncio.sleep(0)
 
@@ -438,7 +440,9 @@ class TestStartAndClose:
         gate = threading.Event()
 
         async def stopped_early() -> None:
-            engine: HFEngine[GatedModel, str] = HFEngine(lambda: waiting_for(gate, GatedModel()), max_batch=1)
+            engine: HFEngine[GatedModel, str, Sampling, Generated] = HFEngine(
+                lambda: waiting_for(gate, GatedModel()), max_batch=1
+            )
             starting = asyncio.create_task(engine.start())
             await asyncio.sleep(0)
             await engine.close()
@@ -516,7 +520,7 @@ def join_engine_threads() -> None:
     assert not engine_threads()
 
 
-async def assert_not_ready(engine: HFEngine[GatedModel, str]) -> None:
+async def assert_not_ready(engine: HFEngine[GatedModel, str, Sampling, Generated]) -> None:
     with pytest.raises(Unavailable) as of_model:
         _ = engine.model
     with pytest.raises(SightlineError) as of_generate:

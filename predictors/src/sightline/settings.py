@@ -154,7 +154,19 @@ class EngineSettings(ServerSettings):
     max_batch: int = Field(8, gt=0, description="Waiting requests that may share one forward pass.")
 
 
-class DescribeSettings(EngineSettings):
+class JobSettings(ServerSettings):
+    """What a server has that keeps work which outlives a request."""
+
+    job_store: str | None = Field(
+        None,
+        description="Where asynchronous runs are kept: memory://, file:///folder or s3://bucket/prefix; "
+        "default: a folder of this user. Replicas that share it answer for each other.",
+    )
+    job_ttl_seconds: float = Field(1800, gt=0, description="How long a finished run can be asked for.")
+    job_timeout_seconds: float = Field(600, gt=0, description="A run that takes longer is TIMED_OUT.")
+
+
+class DescribeSettings(EngineSettings, JobSettings):
     """The `describe` predictor: Qwen2-VL or Qwen2.5-VL."""
 
     model_name: str = Field("describe", description="Name in the KServe routes.")
@@ -177,13 +189,6 @@ class DescribeSettings(EngineSettings):
         ge=28,
         description="Wider images are resized to this width; the height is bounded by twice it.",
     )
-    job_store: str | None = Field(
-        None,
-        description="Where asynchronous runs are kept: memory://, file:///folder or s3://bucket/prefix; "
-        "default: a folder of this user. Replicas that share it answer for each other.",
-    )
-    job_ttl_seconds: float = Field(1800, gt=0, description="How long a finished run can be asked for.")
-    job_timeout_seconds: float = Field(600, gt=0, description="A run that takes longer is TIMED_OUT.")
 
 
 class EnhanceSettings(EngineSettings):
@@ -206,6 +211,64 @@ class EnhanceSettings(EngineSettings):
         le=4096,
         description="New tokens, reasoning included, when a request says nothing.",
     )
+
+
+class GenerateSettings(EngineSettings):
+    """The `generate` predictor: Kimi-VL."""
+
+    model_name: str = Field("generate", description="Name in the KServe routes.")
+    model: str = Field(
+        str(TINY / "generate"),
+        validation_alias=AliasChoices("model", "KIMI_MODEL_PATH", "MODEL_PATH"),
+        description="Hub id or folder; the small demonstration model by default.",
+    )
+    quantization: Literal["auto", "8bit", "4bit", "none"] = Field(
+        "auto",
+        description="How the weights are held. auto: 8bit, but none for the demonstration model; "
+        "8bit and 4bit need the extra `bnb`.",
+    )
+    max_memory_gpu: str | None = Field(None, description="Memory each GPU may give to weights, such as 20GiB.")
+    max_memory_cpu: str | None = Field(None, description="Memory the CPU may give to weights.")
+    max_tokens: int = Field(
+        4000,
+        gt=0,
+        le=4096,
+        validation_alias=AliasChoices("max_tokens", "MAX_TOKENS"),
+        description="New tokens when a request says nothing.",
+    )
+    temperature: float = Field(0.7, ge=0, le=2, description="When a request says nothing; 0 is greedy.")
+    top_p: float = Field(0.9, gt=0, le=1, description="When a request says nothing.")
+    max_width: int = Field(2048, ge=28, description="Wider images are resized to this width.")
+
+
+class EmbedSettings(EngineSettings):
+    """The `embed` predictor: ColQwen2.5."""
+
+    model_name: str = Field("embed", description="Name in the KServe routes.")
+    model: str = Field(
+        str(TINY / "embed"),
+        validation_alias=AliasChoices("model", "COLQWEN_MODEL_ID"),
+        description="Hub id or folder, merged or a LoRA adapter; the small demonstration model by default.",
+    )
+    max_batch: int = Field(32, gt=0, description="Pages or queries that may share one forward pass.")
+    max_batch_tokens: int = Field(16_384, gt=0, description="Tokens that may share one forward pass.")
+
+
+class BlipSettings(EngineSettings, JobSettings):
+    """The `blip` predictor: BLIP base or large."""
+
+    model_name: str = Field(
+        "blip",
+        validation_alias=AliasChoices("model_name", "SERVED_MODEL_NAME"),
+        description="Name in the KServe routes.",
+    )
+    model: str = Field(
+        str(TINY / "blip"),
+        validation_alias=AliasChoices("model", "MODEL_PATH", "MODEL_NAME"),
+        description="Hub id or folder; the small demonstration model by default.",
+    )
+    max_tokens: int = Field(50, gt=0, le=512, description="New tokens when a request says nothing.")
+    max_batch: int = Field(16, gt=0, description="Images that may share one forward pass.")
 
 
 class PipelineSettings(ServerSettings):

@@ -35,6 +35,7 @@ PRESETS: Mapping[str, str] = {
 MAX_PROMPT_CHARACTERS = 8_192
 MAX_TOKENS_CEILING = 4_096
 MAX_IMAGES_PER_CALL = 32
+MAX_IMAGES_PER_PROMPT = 8
 
 REQUEST_ID_HEADER = "x-request-id"
 TIMEOUT_HEADER = "x-request-timeout-ms"
@@ -74,6 +75,23 @@ class ImagePath:
 
 
 ImageSource = ImageBytes | ImageUrl | ImageS3 | ImagePath
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation: texts and images in the order in which they stand."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | ImageSource, ...]
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        return tuple(part for part in self.parts if not isinstance(part, str))
+
+    @property
+    def text(self) -> str:
+        """The texts, one a line."""
+        return "\n".join(part for part in self.parts if isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +137,15 @@ class Completion:
     usage: Usage
     model: ModelInfo
     milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A conversation to answer. `max_width` bounds its images; None means the predictor's default."""
+
+    turns: tuple[Turn, ...]
+    sampling: Sampling = Sampling()
+    max_width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

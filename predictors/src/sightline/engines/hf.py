@@ -15,29 +15,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from sightline.engines.base import Generated, GenerativeModel, IsAbandoned
+from sightline.engines.base import IsAbandoned
 from sightline.errors import DeadlineExceeded, OutOfMemory, SightlineError, Unavailable
 from sightline.wire import Deadline, Sampling
 
 MIN_TEMPERATURE = 1e-5
 """Below this sampling is greedy, as in vLLM (_SAMPLING_EPS): scores divided by 1e-38 are infinite."""
 
+Model = TypeVar("Model")
 Prepared = TypeVar("Prepared")
-Model = TypeVar("Model", bound=GenerativeModel[Any])
+Options = TypeVar("Options")
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting(Generic[Prepared]):
+class _Waiting(Generic[Prepared, Options, Result]):
     prepared: Prepared
-    sampling: Sampling
+    options: Options
     deadline: Deadline
-    future: "asyncio.Future[Generated]"
+    future: "asyncio.Future[Result]"
     loop: asyncio.AbstractEventLoop
 
     def is_dead(self) -> bool:
         return self.future.cancelled() or self.deadline.remaining() <= 0
 
-    def settle(self, result: Generated | BaseException) -> None:
+    def settle(self, result: Result | BaseException) -> None:
         def set_it() -> None:
             if self.future.done():
                 return
@@ -49,18 +51,49 @@ class _Waiting(Generic[Prepared]):
         _tell(self.loop, set_it)
 
 
-class HFEngine(Generic[Model, Prepared]):
+def _generate(model: Any, batch: Sequence[Any], sampling: Any, is_abandoned: IsAbandoned) -> Sequence[Any]:  # noqa: ANN401
+    return model.generate(batch, sampling, is_abandoned)
+
+
+def may_share(left: Any, right: Any) -> bool:  # noqa: ANN401 - Sampling, unless an engine says otherwise
+    """Whether two prompts may share a batch.
+
+    Sampled ones run alone, since their seed must give the same text whoever else is there; of greedy ones only the
+    length counts.
+    """
+    if left.temperature > 0 or right.temperature > 0:
+        return False
+    return left.max_tokens == right.max_tokens
+
+
+class HFEngine(Generic[Model, Prepared, Options, Result]):
     """Batches requests onto one loaded transformers model.
 
     load       builds the model; called once, on the engine's thread
-    max_batch  items of one `generate` call
+    max_batch  items of one `run`
+    run        (model, prepared items, options of the first, is_abandoned) → results in order; default `model.generate`
+    may_share  whether two requests' options allow one batch
+    cost       of a prepared item, in the unit of `max_cost` (tokens); the budget bounds a batch, never a single item
     """
 
-    def __init__(self, load: Callable[[], Model], *, max_batch: int) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Model],
+        *,
+        max_batch: int,
+        run: Callable[[Model, Sequence[Prepared], Options, IsAbandoned], Sequence[Result]] = _generate,
+        may_share: Callable[[Options, Options], bool] = may_share,
+        cost: Callable[[Prepared], int] | None = None,
+        max_cost: int | None = None,
+    ) -> None:
         self._load = load
         self._max_batch = max_batch
+        self._run_batch = run
+        self._may_share = may_share
+        self._cost: Callable[[Prepared], int] = cost or (lambda prepared: 0)
+        self._max_cost = max_cost
         self._model: Model | None = None
-        self._waiting: deque[_Waiting[Prepared]] = deque()
+        self._waiting: deque[_Waiting[Prepared, Options, Result]] = deque()
         self._wake = threading.Condition()
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -111,15 +144,16 @@ class HFEngine(Generic[Model, Prepared]):
         if self._thread is not None and self._model is not None:
             await asyncio.to_thread(self._thread.join)
 
-    async def generate(self, prepared: Prepared, sampling: Sampling, deadline: Deadline) -> Generated:
-        """The answer to one prepared prompt.
+    async def generate(self, prepared: Prepared, options: Options, deadline: Deadline) -> Result:
+        """The answer to one prepared item.
 
         Cancelling the caller drops the item from the queue or ends it at the next token. Raises DeadlineExceeded
         (504), OutOfMemory (507), Unavailable (503).
         """
         deadline.check()
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(prepared, sampling, deadline, loop.create_future(), loop)
+        future: asyncio.Future[Result] = loop.create_future()
+        waiting = _Waiting(prepared, options, deadline, future, loop)
         with self._wake:
             if self._model is None or self._is_closing:
                 raise Unavailable("The model is not ready.", code="model_not_ready", retry_after=5)
@@ -138,21 +172,38 @@ class HFEngine(Generic[Model, Prepared]):
                 return
             self._run(model, batch)
 
-    def _next_batch(self) -> list[_Waiting[Prepared]] | None:
+    def _next_batch(self) -> list[_Waiting[Prepared, Options, Result]] | None:
         with self._wake:
             while True:
                 while self._waiting and self._waiting[0].is_dead():
                     self._waiting.popleft()
                 if self._waiting:
-                    return _take(self._waiting, self._max_batch)
+                    return self._take()
                 if self._is_closing:
                     return None
                 self._wake.wait()
 
-    def _run(self, model: Model, batch: list[_Waiting[Prepared]]) -> None:
+    def _take(self) -> list[_Waiting[Prepared, Options, Result]]:
+        """The first request and those behind it that agree with its options and fit into its batch."""
+        first = self._waiting.popleft()
+        batch, kept = [first], list[_Waiting[Prepared, Options, Result]]()
+        cost = self._cost(first.prepared)
+        while self._waiting and len(batch) < self._max_batch:
+            item = self._waiting.popleft()
+            more = self._cost(item.prepared)
+            fits = self._max_cost is None or cost + more <= self._max_cost
+            if fits and not item.is_dead() and self._may_share(first.options, item.options):
+                batch.append(item)
+                cost += more
+            elif not item.is_dead():
+                kept.append(item)
+        self._waiting.extendleft(reversed(kept))
+        return batch
+
+    def _run(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]]) -> None:
         is_abandoned: IsAbandoned = lambda index: batch[index].is_dead()  # noqa: E731
         try:
-            results = model.generate([item.prepared for item in batch], batch[0].sampling, is_abandoned)
+            results = self._run_batch(model, [item.prepared for item in batch], batch[0].options, is_abandoned)
             settled = list(zip(batch, results, strict=True))
         except Exception as error:
             self._fail(model, batch, error)
@@ -160,7 +211,7 @@ class HFEngine(Generic[Model, Prepared]):
         for item, result in settled:
             item.settle(result)
 
-    def _fail(self, model: Model, batch: list[_Waiting[Prepared]], error: Exception) -> None:
+    def _fail(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]], error: Exception) -> None:
         is_out_of_memory = _is_out_of_memory(error)
         if is_out_of_memory:
             traceback.clear_frames(error.__traceback__)  # they hold the very tensors that did not fit
@@ -178,33 +229,6 @@ class HFEngine(Generic[Model, Prepared]):
             fault = RuntimeError("generation failed")
             fault.__cause__ = error
         batch[0].settle(fault)
-
-
-def _take(waiting: deque[_Waiting[Prepared]], limit: int) -> list[_Waiting[Prepared]]:
-    """The first request and, when it is greedy, those behind it that agree with its sampling.
-
-    Sampled requests run alone: their seed must give the same text whoever else is there.
-    """
-    first = waiting.popleft()
-    batch = [first]
-    if first.sampling.temperature > 0:
-        return batch
-    kept: list[_Waiting[Prepared]] = []
-    while waiting and len(batch) < limit:
-        item = waiting.popleft()
-        if _agree(item.sampling, first.sampling):
-            batch.append(item)
-        else:
-            kept.append(item)
-    waiting.extendleft(reversed(kept))
-    return [item for item in batch if item is first or not item.is_dead()]
-
-
-def _agree(left: Sampling, right: Sampling) -> bool:
-    """Whether two requests may share a batch; of greedy ones only the length counts."""
-    if left.temperature > 0 or right.temperature > 0:
-        return left == right
-    return left.max_tokens == right.max_tokens
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

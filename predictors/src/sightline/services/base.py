@@ -4,7 +4,7 @@ The server (the only importer of kserve) wraps a `Service` into a KServe `Model`
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast, get_args
 
@@ -17,11 +17,13 @@ from sightline.wire import (
     MAX_IMAGES_PER_CALL,
     MAX_PROMPT_CHARACTERS,
     MAX_TOKENS_CEILING,
+    Completion,
     Context,
     ImageSource,
     ModelInfo,
     ReasoningLevel,
     Sampling,
+    Turn,
 )
 
 Req = TypeVar("Req")
@@ -76,6 +78,22 @@ class Service(Protocol[Req, Prepared, Res]):
 
     def router(self, run: Run) -> APIRouter:
         """The service's own routes; each hands its requests to `run`."""
+        ...
+
+
+class ChatService(Protocol[Req]):
+    """What a service that OpenAI's chat clients can talk to has beside a `Service`'s verbs."""
+
+    def from_chat(self, turns: Sequence[Turn], options: Mapping[str, object]) -> Req:
+        """A conversation as a request of this service.
+
+        options   max_tokens, temperature, top_p, seed, and what else the body holds beside the messages
+        Raises BadRequest (400) or InvalidParameter (422), as when the model takes no image, or needs one.
+        """
+        ...
+
+    def stream(self, request: Req, context: Context) -> AsyncIterator[str | Completion]:
+        """Pieces of text as they are made, then the whole Completion. Closing it ends the generation."""
         ...
 
 

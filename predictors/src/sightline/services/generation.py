@@ -25,7 +25,7 @@ class Generation(Generic[Model]):
     """
 
     def __init__(self, load: Callable[[], Model], *, max_batch: int, threads: int) -> None:
-        self.engine: HFEngine[Model, Any] = HFEngine(load, max_batch=max_batch)
+        self.engine: HFEngine[Model, Any, Sampling, Generated] = HFEngine(load, max_batch=max_batch)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
 
     @property
