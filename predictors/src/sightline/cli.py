@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -14,8 +14,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Predictor = Literal["describe", "enhance", "pipeline"]
-
 
 @app.command(
     context_settings={
@@ -24,15 +22,15 @@ Predictor = Literal["describe", "enhance", "pipeline"]
         "help_option_names": [],
     }
 )
-def serve(context: typer.Context, predictor: Predictor) -> None:
-    """Serve one predictor; `sightline serve describe --help` lists its settings."""
+def serve(context: typer.Context) -> None:
+    """Serve one predictor, or several in one process; `sightline serve describe --help` lists its settings."""
     # Before torch is imported: OpenMP threads that spin while they wait make a shared CPU ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from sightline.server.serve import main as serve_main
 
-    raise SystemExit(serve_main(predictor, context.args))
+    raise SystemExit(serve_main(context.args))
 
 
 @app.command()

@@ -149,11 +149,15 @@ def serve(model_type: type[PredictorModel], settings: ServerSettings) -> int:
     return 0
 
 
-def main(name: str, argv: list[str]) -> int:
-    """`sightline serve NAME …`."""
+def main(argv: list[str]) -> int:
+    """`sightline serve NAME [flags]`."""
     from sightline.server.model import MODELS
     from sightline.settings import load, shown
 
+    if not argv or argv[0] not in MODELS:
+        sys.stderr.write(f"usage: sightline serve {{{','.join(MODELS)}}} [flags]; --help after a name lists them\n")
+        return 0 if argv[:1] == ["--help"] else 2
+    name, *argv = argv
     model_type = MODELS[name]
     settings = load(model_type.settings_type, argv, prog=f"sightline serve {name}")
     _configure_logging(settings)
