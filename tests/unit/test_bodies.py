@@ -24,7 +24,9 @@ FORM = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data; boundary=edge"
 
 
-async def read(content: bytes, content_type: str | None, *, query: str = "", is_in_app: bool = True) -> Body:
+async def read(
+    content: bytes, content_type: str | None, *, query: str = "", is_in_app: bool = True, **options: Any
+) -> Body:
     """Read a body that arrives in two pieces, inside an application or outside of any."""
     pieces = [content[: len(content) // 2], content[len(content) // 2 :]]
     scope: Scope = {
@@ -40,7 +42,7 @@ async def read(content: bytes, content_type: str | None, *, query: str = "", is_
     async def receive() -> Message:
         return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
-    return await read_body(Request(scope, receive), SETTINGS)
+    return await read_body(Request(scope, receive), SETTINGS, **options)
 
 
 async def read_form(
@@ -237,3 +239,29 @@ class TestAnswers:
         assert response.headers["content-type"] == "application/json"
         assert response.headers["retry-after"] == "1"
         assert orjson.loads(response.body) == {"text": "grüße"}
+
+
+class TestSeveralUnderOneName:
+    async def test_files_and_texts_keep_their_order(self) -> None:
+        files = [("images", ("a.png", PNG)), ("images", ("b.png", PNG + b"b")), ("image", ("c.png", PNG))]
+
+        body = await read_form({"image_url": ["s3://a/b"]}, files, several={"images", "image_url"})
+
+        assert body.files == {"images": [ImageBytes(PNG, "a.png"), ImageBytes(PNG + b"b", "b.png")]}
+        assert body.uploads == {"image": ImageBytes(PNG, "c.png")}
+        assert body.fields == {"image_url": ["s3://a/b"]}
+
+    async def test_is_refused_under_any_other_name(self) -> None:
+        with pytest.raises(InvalidParameter):
+            await read_form(None, [("image", ("a.png", PNG))] * 2, several={"images"})
+
+    @pytest.mark.parametrize(("parts", "is_taken"), [(9, True), (10, False)])
+    async def test_a_route_may_take_more_parts_than_the_setting(self, parts: int, is_taken: bool) -> None:
+        files = [("images", ("a.png", PNG))] * parts
+        reading = read_form(None, files, several={"images"}, max_parts=9)
+
+        if is_taken:
+            assert len((await reading).files["images"]) == parts
+        else:
+            with pytest.raises(PayloadTooLarge):
+                await reading
