@@ -24,8 +24,8 @@ test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
 
 .PHONY: accuracy
-accuracy: .venv/.dev ## Exact-match figures on 200 fresh scenes through the running servers (SEED=n)
-	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED))
+accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
+	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part))
 
 .PHONY: tiny
 tiny: .venv/.dev ## Train the small checkpoints again from SEED and report (estimated: 105 minutes on two cores)

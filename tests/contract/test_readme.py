@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.bench.accuracy import quoted
+from tests.bench.accuracy import page, read_figures, table
 from tests.conftest import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
@@ -77,4 +77,6 @@ def test_its_links_lead_somewhere():
 
 
 def test_it_quotes_the_measured_accuracy():
-    assert quoted((ROOT / "docs" / "accuracy.md").read_text()) in README
+    figures = read_figures()
+    assert table(figures) in README
+    assert page(figures) == (ROOT / "docs" / "accuracy.md").read_text()
