@@ -103,9 +103,9 @@ class TestTypes:
         assert Sampling() == Sampling(max_tokens=256, temperature=0.0, top_p=1.0, seed=None)
 
     def test_presets_differ_and_fit_the_limit(self) -> None:
-        assert set(wire.PRESETS) == {"detailed", "creative-search", "short"}
+        assert set(wire.PRESETS) == {"alt-text", "detailed", "creative-search", "product", "tags", "short"}
         assert wire.PRESETS["detailed"] == "Describe this image in detail"
-        assert len(set(wire.PRESETS.values())) == 3
+        assert len(set(wire.PRESETS.values())) == len(wire.PRESETS)
         assert all(len(text) <= wire.MAX_PROMPT_CHARACTERS for text in wire.PRESETS.values())
 
 

@@ -26,11 +26,30 @@ CREATIVE_SEARCH_PROMPT = (
 SHORT_PROMPT = "Describe this image in one short sentence."
 """Contract D2: `detailed: false`."""
 
+ALT_TEXT_PROMPT = (
+    "Write alternative text for this image, for somebody who cannot see it: what matters first, in one or two plain "
+    "sentences of at most 150 characters together. Quote text that can be read. "
+    "Do not begin with words like image, picture or photo."
+)
+PRODUCT_PROMPT = (
+    "Describe the product in this image for a shop, in two or three factual sentences: what it is, its colour, shape "
+    "and material, and what tells it from others. Name a brand only when it can be read. "
+    "No praise, no price, nothing that cannot be seen."
+)
+TAGS_PROMPT = (
+    "List 5 to 15 tags for this image, the most telling first: single words or short terms in lower case, separated "
+    "by commas. No sentences, no hashtags, nothing that cannot be seen."
+)
+
 PRESETS: Mapping[str, str] = {
+    "alt-text": ALT_TEXT_PROMPT,
     "detailed": DEFAULT_PROMPT,
     "creative-search": CREATIVE_SEARCH_PROMPT,
+    "product": PRODUCT_PROMPT,
+    "tags": TAGS_PROMPT,
     "short": SHORT_PROMPT,
 }
+"""Prompts by name; every route that takes a prompt takes `preset`."""
 
 MAX_PROMPT_CHARACTERS = 8_192
 MAX_TOKENS_CEILING = 4_096
@@ -120,32 +139,47 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one completion. `image_tokens` (part of `prompt_tokens`) proves that the model saw the image."""
+    """Tokens of one completion.
+
+    image_tokens  part of `prompt_tokens`; proves that the model saw the image. None: a remote model does not tell
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    image_tokens: int = 0
+    image_tokens: int | None = 0
     reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer of a generating model. `milliseconds` counts queue, preprocessing and generation."""
+    """One answer of a generating model.
+
+    milliseconds  queue, preprocessing and generation
+    downscaled    the device's memory did not suffice, so the model saw the images at half their pixels
+    tags          the text of the preset `tags`, taken apart; None for other requests
+    """
 
     text: str
     finish_reason: FinishReason
     usage: Usage
     model: ModelInfo
     milliseconds: float
+    downscaled: bool = False
+    tags: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation to answer. `max_width` bounds its images; None means the predictor's default."""
+    """A conversation to answer.
+
+    max_width  bounds its images; None means the predictor's default
+    preset     which of PRESETS the prompt is, None when it is the client's own or the predictor's
+    """
 
     turns: tuple[Turn, ...]
     sampling: Sampling = Sampling()
     max_width: int | None = None
+    preset: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

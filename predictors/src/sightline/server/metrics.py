@@ -37,6 +37,7 @@ def observe(model_name: str, results: Sequence[object]) -> None:
     for result in results:
         if isinstance(result, Completion):
             usage = result.usage
-            TOKENS.labels(model_name, "image").inc(usage.image_tokens)
-            TOKENS.labels(model_name, "prompt").inc(usage.prompt_tokens - usage.image_tokens)
+            image_tokens = usage.image_tokens or 0
+            TOKENS.labels(model_name, "image").inc(image_tokens)
+            TOKENS.labels(model_name, "prompt").inc(usage.prompt_tokens - image_tokens)
             TOKENS.labels(model_name, "completion").inc(usage.completion_tokens)

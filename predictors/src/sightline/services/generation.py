@@ -7,15 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
+import orjson
+
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.engines.hf import HFEngine
-from sightline.errors import DeadlineExceeded
+from sightline.errors import DeadlineExceeded, OutOfMemory
 from sightline.services.base import Json, demo_fields, together
 from sightline.v2 import Scalar
 from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, Usage
 
 Model = TypeVar("Model", bound=GenerativeModel[Any])
 T = TypeVar("T")
+
+Outcome = Completion | OutOfMemory
+"""What became of one item of a call. An item that does not fit the device fails alone when others are in the call."""
 
 
 class Generation(Generic[Model]):
@@ -98,8 +103,17 @@ def completion(
     )
 
 
-def parameters_of(completions: Sequence[Completion]) -> dict[str, Scalar]:
-    """What a V2 response says beside its tensors: the model, and the tokens of all items together."""
+def texts_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """The V2 output `text`: empty for an item that failed."""
+    return [item.text if isinstance(item, Completion) else "" for item in outcomes]
+
+
+def parameters_of(outcomes: Sequence[Outcome]) -> dict[str, Scalar]:
+    """What a V2 response says beside its tensors: the model, and the tokens of all items together.
+
+    `item_errors`, a JSON list with null for each item that went well, is there when one did not.
+    """
+    completions = _made(outcomes)
     first = completions[0]
     parameters: dict[str, Scalar] = {
         "model": first.model.name,
@@ -107,20 +121,38 @@ def parameters_of(completions: Sequence[Completion]) -> dict[str, Scalar]:
         "finish_reason": "length" if any(item.finish_reason == "length" for item in completions) else "stop",
         "prompt_tokens": sum(item.usage.prompt_tokens for item in completions),
         "completion_tokens": sum(item.usage.completion_tokens for item in completions),
-        "image_tokens": sum(item.usage.image_tokens for item in completions),
+        "image_tokens": sum(item.usage.image_tokens or 0 for item in completions),
         "reasoning_tokens": sum(item.usage.reasoning_tokens for item in completions),
         "milliseconds": max(item.milliseconds for item in completions),
     }
     if first.model.demo:
         parameters["demo_model"] = True
+    if any(item.downscaled for item in completions):
+        parameters["downscaled"] = True
+    if len(completions) < len(outcomes):
+        errors = [None if isinstance(item, Completion) else _error(item) for item in outcomes]
+        parameters["item_errors"] = orjson.dumps(errors).decode()
     return parameters
 
 
-def predictions_of(completions: Sequence[Completion]) -> Json:
-    """The V1 answer."""
-    return {"predictions": [_prediction(item) for item in completions]} | demo_fields(completions[0].model)
+def predictions_of(outcomes: Sequence[Outcome]) -> Json:
+    """The V1 answer; an item that failed has `error` and `code` instead of a text."""
+    predictions = [_prediction(item) if isinstance(item, Completion) else _error(item) for item in outcomes]
+    return {"predictions": predictions} | demo_fields(_made(outcomes)[0].model)
+
+
+def _made(outcomes: Sequence[Outcome]) -> list[Completion]:
+    return [item for item in outcomes if isinstance(item, Completion)]
+
+
+def _error(fault: OutOfMemory) -> Json:
+    return {"error": fault.message, "code": fault.code, "http_status": fault.status}
 
 
 def _prediction(item: Completion) -> Json:
-    usage = asdict(item.usage)
-    return {"text": item.text, "finish_reason": item.finish_reason, "usage": usage} | demo_fields(item.model)
+    prediction: Json = {"text": item.text, "finish_reason": item.finish_reason, "usage": asdict(item.usage)}
+    if item.tags is not None:
+        prediction["tags"] = list(item.tags)
+    if item.downscaled:
+        prediction["downscaled"] = True
+    return prediction | demo_fields(item.model)
