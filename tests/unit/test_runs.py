@@ -13,8 +13,10 @@ import orjson
 import pytest
 from obstore.store import LocalStore, MemoryStore, ObjectStore
 
-from sightline.jobs import runs as module
-from sightline.jobs.runs import LEASE_SECONDS, MAX_HOLDERS, Execute, Runs, RunState, Status, open_store
+from sightline.jobs import objects as module
+from sightline.jobs import runs as runs_module
+from sightline.jobs.objects import LEASE_SECONDS, MAX_HOLDERS, open_store
+from sightline.jobs.runs import Execute, Runs, RunState, Status
 
 T = TypeVar("T")
 
@@ -564,7 +566,7 @@ class TestStart:
         store, worker = MemoryStore(), Worker()
         server = Runs(store, worker, ttl_seconds=TTL_SECONDS, clock=clock)
         await server.start()
-        monkeypatch.setattr(module, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
+        monkeypatch.setattr(runs_module, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
         monkeypatch.setattr(module, "obstore", None)
         await soon(sleeps.acquire())
         waking.release()

@@ -21,7 +21,8 @@ from sightline.errors import (
     Unavailable,
 )
 from sightline.images import Decoder, Limits
-from sightline.jobs.runs import Runs, RunState, Status, open_store
+from sightline.jobs.objects import open_store
+from sightline.jobs.runs import Runs, RunState, Status
 from sightline.services.base import (
     Json,
     Run,
