@@ -250,6 +250,9 @@ class EmbedSettings(EngineSettings):
         validation_alias=AliasChoices("model", "COLQWEN_MODEL_ID"),
         description="Hub id or folder, merged or a LoRA adapter; the small demonstration model by default.",
     )
+    base_model: str | None = Field(
+        None, description="Base of a LoRA adapter, when not the one that its configuration names."
+    )
     max_batch: int = Field(32, gt=0, description="Pages or queries that may share one forward pass.")
     max_batch_tokens: int = Field(16_384, gt=0, description="Tokens that may share one forward pass.")
 
