@@ -45,10 +45,13 @@ NEXT = (END, START, *ASSISTANT)
         pytest.param(said(ANALYSIS, THOUGHT, *NEXT) + said(FINAL, ()), (), False, id="cut after message"),
         pytest.param(said(FINAL, ANSWER), ANSWER, False, id="cut inside the final"),
         pytest.param(
-            said(FINAL, (100,), *NEXT) + said(FINAL, ANSWER, RETURN), ANSWER, True, id="several finals: the last"
+            said(FINAL, ANSWER, *NEXT) + said(FINAL, (100,), RETURN), ANSWER, True, id="several finals: the first"
         ),
         pytest.param(
-            said(FINAL, (100,), *NEXT) + said(FINAL, ANSWER), ANSWER, False, id="several finals: the last, cut"
+            said(FINAL, (), *NEXT) + said(FINAL, ANSWER),
+            ANSWER,
+            False,
+            id="several finals: the first that is not empty",
         ),
         pytest.param(
             said(FINAL, ANSWER, *NEXT) + said(ANALYSIS, THOUGHT, RETURN), ANSWER, True, id="thoughts after the final"

@@ -55,6 +55,8 @@ MAX_PROMPT_CHARACTERS = 8_192
 MAX_TOKENS_CEILING = 4_096
 MAX_IMAGES_PER_CALL = 32
 MAX_IMAGES_PER_PROMPT = 8
+MAX_STOP_SEQUENCES = 4
+MAX_STOP_CHARACTERS = 256
 
 REQUEST_ID_HEADER = "x-request-id"
 TIMEOUT_HEADER = "x-request-timeout-ms"
@@ -115,12 +117,16 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. temperature 0 is greedy; then top_p and seed have no effect."""
+    """How tokens are chosen. temperature 0 is greedy; then top_p and seed have no effect.
+
+    stop  the text ends before the first occurrence of any of these
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from sightline.engines.base import IsAbandoned
-from sightline.errors import DeadlineExceeded, OutOfMemory, SightlineError, Unavailable
+from sightline.engines.base import IsAbandoned, OnToken
+from sightline.errors import DeadlineExceeded, NotSupported, OutOfMemory, SightlineError, Unavailable
 from sightline.wire import Deadline, Sampling
 
 MIN_TEMPERATURE = 1e-5
@@ -28,16 +28,31 @@ Options = TypeVar("Options")
 Result = TypeVar("Result")
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(slots=True, eq=False)
 class _Waiting(Generic[Prepared, Options, Result]):
+    """A request. `hear` takes its tokens on the event loop; `is_enough` is asked on the engine's thread."""
+
     prepared: Prepared
     options: Options
     deadline: Deadline
     future: "asyncio.Future[Result]"
     loop: asyncio.AbstractEventLoop
+    hear: Callable[[int], None] | None = None
+    is_enough: Callable[[], bool] = _never
+    heard: int = 0
 
     def is_dead(self) -> bool:
         return self.future.cancelled() or self.deadline.remaining() <= 0
+
+    def tell(self, number: int, token_id: int) -> None:
+        """Hand on the token of that number, counted from 1, unless an earlier attempt has told it already."""
+        if self.hear is not None and number > self.heard:
+            hear, self.heard = self.hear, number
+            _tell(self.loop, lambda: hear(token_id))
 
     def settle(self, result: Result | BaseException) -> None:
         def set_it() -> None:
@@ -49,10 +64,6 @@ class _Waiting(Generic[Prepared, Options, Result]):
                 self.future.set_result(result)
 
         _tell(self.loop, set_it)
-
-
-def _generate(model: Any, batch: Sequence[Any], sampling: Any, is_abandoned: IsAbandoned) -> Sequence[Any]:  # noqa: ANN401
-    return model.generate(batch, sampling, is_abandoned)
 
 
 def may_share(left: Any, right: Any) -> bool:  # noqa: ANN401 - Sampling, unless an engine says otherwise
@@ -71,7 +82,8 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
 
     load       builds the model; called once, on the engine's thread
     max_batch  items of one `run`
-    run        (model, prepared items, options of the first, is_abandoned) → results in order; default `model.generate`
+    run        (model, prepared items, options of the first, is_abandoned) → results in order; default
+               `model.generate`, which alone can stream
     may_share  whether two requests' options allow one batch
     cost       of a prepared item, in the unit of `max_cost` (tokens); the budget bounds a batch, never a single item
     """
@@ -81,7 +93,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         load: Callable[[], Model],
         *,
         max_batch: int,
-        run: Callable[[Model, Sequence[Prepared], Options, IsAbandoned], Sequence[Result]] = _generate,
+        run: Callable[[Model, Sequence[Prepared], Options, IsAbandoned], Sequence[Result]] | None = None,
         may_share: Callable[[Options, Options], bool] = may_share,
         cost: Callable[[Prepared], int] | None = None,
         max_cost: int | None = None,
@@ -150,20 +162,64 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         Cancelling the caller drops the item from the queue or ends it at the next token. Raises DeadlineExceeded
         (504), OutOfMemory (507), Unavailable (503).
         """
+        waiting = self._submit(prepared, options, deadline)
+        try:
+            async with asyncio.timeout(deadline.remaining()):
+                return await waiting.future
+        except TimeoutError as error:
+            raise _too_late() from error
+
+    async def stream(
+        self, prepared: Prepared, options: Options, deadline: Deadline, *, is_enough: Callable[[], bool] = _never
+    ) -> AsyncGenerator[list[int] | Result]:
+        """The new token ids as they are made, those that came together in one list, then the whole result.
+
+        is_enough  True ends the item at the next token, with its result; asked on the engine's thread
+
+        Closing the generator drops the item from the queue or ends it at the next token. It shares batches with items
+        that are not streamed. Raises what `generate` raises; NotSupported (501) when the engine has a `run` of its own.
+        """
+        if self._run_batch is not None:
+            raise NotSupported("This model does not stream.")
+        arrived: asyncio.Queue[int | None] = asyncio.Queue()
+        waiting = self._submit(prepared, options, deadline, arrived.put_nowait, is_enough)
+        waiting.future.add_done_callback(lambda _: arrived.put_nowait(None))
+        try:
+            while True:
+                tokens: list[int] = []
+                token = await _before(deadline, arrived)
+                while token is not None:
+                    tokens.append(token)
+                    if arrived.empty():
+                        break
+                    token = arrived.get_nowait()
+                if tokens:
+                    yield tokens
+                if token is None:
+                    yield waiting.future.result()
+                    return
+        finally:
+            if not waiting.future.cancel() and not waiting.future.cancelled():
+                waiting.future.exception()  # asked for, so that asyncio does not complain that nobody did
+
+    def _submit(
+        self,
+        prepared: Prepared,
+        options: Options,
+        deadline: Deadline,
+        hear: Callable[[int], None] | None = None,
+        is_enough: Callable[[], bool] = _never,
+    ) -> _Waiting[Prepared, Options, Result]:
         deadline.check()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        waiting = _Waiting(prepared, options, deadline, future, loop)
+        waiting = _Waiting(prepared, options, deadline, future, loop, hear, is_enough)
         with self._wake:
             if self._model is None or self._is_closing:
                 raise Unavailable("The model is not ready.", code="model_not_ready", retry_after=5)
             self._waiting.append(waiting)
             self._wake.notify()
-        try:
-            async with asyncio.timeout(deadline.remaining()):
-                return await waiting.future
-        except TimeoutError as error:
-            raise DeadlineExceeded("The model did not answer within the deadline.") from error
+        return waiting
 
     def _work(self, model: Model) -> None:
         while True:
@@ -201,15 +257,30 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         return batch
 
     def _run(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]]) -> None:
-        is_abandoned: IsAbandoned = lambda index: batch[index].is_dead()  # noqa: E731
         try:
-            results = self._run_batch(model, [item.prepared for item in batch], batch[0].options, is_abandoned)
+            results = self._results(model, batch)
             settled = list(zip(batch, results, strict=True))
         except Exception as error:
             self._fail(model, batch, error)
             return
         for item, result in settled:
             item.settle(result)
+
+    def _results(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]]) -> Sequence[Result]:
+        prepared, options = [item.prepared for item in batch], batch[0].options
+        is_abandoned: IsAbandoned = lambda index: batch[index].is_dead() or batch[index].is_enough()  # noqa: E731
+        if self._run_batch is not None:
+            return self._run_batch(model, prepared, options, is_abandoned)
+        generate: Callable[..., Sequence[Result]] = cast("Any", model).generate
+        if all(item.hear is None for item in batch):  # then no model is slowed down by reading its tokens one by one
+            return generate(prepared, options, is_abandoned)
+        counts = [0] * len(batch)
+
+        def on_token(row: int, token_id: int) -> None:
+            counts[row] += 1
+            batch[row].tell(counts[row], token_id)
+
+        return generate(prepared, options, is_abandoned, on_token)
 
     def _fail(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]], error: Exception) -> None:
         is_out_of_memory = _is_out_of_memory(error)
@@ -229,6 +300,18 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
             fault = RuntimeError("generation failed")
             fault.__cause__ = error
         batch[0].settle(fault)
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("The model did not answer within the deadline.")
+
+
+async def _before(deadline: Deadline, arrived: "asyncio.Queue[int | None]") -> int | None:
+    try:
+        async with asyncio.timeout(deadline.remaining()):
+            return await arrived.get()
+    except TimeoutError as error:
+        raise _too_late() from error
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
@@ -253,14 +336,16 @@ def generate_tokens(
     inputs: dict[str, Any],
     sampling: Sampling,
     is_abandoned: IsAbandoned,
+    on_token: OnToken | None = None,
     *,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
 ) -> list[tuple[tuple[int, ...], bool]]:
     """Run `generate` on a left-padded batch.
 
-    inputs   what the model's processor made, `input_ids` (B, T) included, on the model's device
-    returns  for each row its new token ids (stop token included, padding not) and whether it stopped by itself
+    inputs    what the model's processor made, `input_ids` (B, T) included, on the model's device
+    on_token  told each new token of a row that has not ended, the stop token included
+    returns   for each row its new token ids (stop token included, padding not) and whether it stopped by itself
 
     Every sampling field is pinned, so that a checkpoint's generation_config cannot change the answer behind our back
     (Qwen2.5-VL ships repetition_penalty 1.05: it is kept, because the model was tuned with it).
@@ -268,17 +353,21 @@ def generate_tokens(
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class _Abandoned(StoppingCriteria):
+    begin = inputs["input_ids"].shape[1]
+    stops = set(eos_token_ids)
+    rows = _Rows(inputs["input_ids"].shape[0], stops, is_abandoned, on_token)
+
+    class _BetweenTokens(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            flags = [is_abandoned(row) for row in range(input_ids.shape[0])]
-            return torch.tensor(flags, device=input_ids.device)
+            newest = cast("list[int]", input_ids[:, -1].tolist()) if on_token is not None else None
+            return torch.tensor(rows.after(newest, input_ids.shape[1] - begin), device=input_ids.device)
 
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_tokens,
         "eos_token_id": list(eos_token_ids),
         "pad_token_id": pad_token_id,
         "num_beams": 1,
-        "stopping_criteria": StoppingCriteriaList([_Abandoned()]),
+        "stopping_criteria": StoppingCriteriaList([_BetweenTokens()]),
     }
     if sampling.temperature >= MIN_TEMPERATURE:
         options |= {
@@ -295,9 +384,34 @@ def generate_tokens(
         options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with torch.inference_mode():
         output = model.generate(**inputs, **options)
-    stops = set(eos_token_ids)
-    rows: list[tuple[tuple[int, ...], bool]] = []
-    for row in cast("list[list[int]]", output[:, inputs["input_ids"].shape[1] :].tolist()):
-        end = next((at for at, token in enumerate(row) if token in stops), None)
-        rows.append((tuple(row if end is None else row[: end + 1]), end is not None))
-    return rows
+    return [rows.trimmed(row, ids) for row, ids in enumerate(cast("list[list[int]]", output[:, begin:].tolist()))]
+
+
+class _Rows:
+    """Which rows of a running batch go on, and what of each is its answer: a batch ends with its last row."""
+
+    def __init__(self, count: int, stops: set[int], is_abandoned: IsAbandoned, on_token: OnToken | None) -> None:
+        self._stops = stops
+        self._is_abandoned = is_abandoned
+        self._on_token = on_token
+        self._has_stopped = [False] * count
+        self._cut_at: list[int | None] = [None] * count
+
+    def after(self, newest: Sequence[int] | None, length: int) -> list[bool]:
+        """Between two tokens: hand on the newest of each row, and say which rows nobody waits for."""
+        flags: list[bool] = []
+        for row, cut_at in enumerate(self._cut_at):
+            if newest is not None and self._on_token is not None and not (self._has_stopped[row] or cut_at):
+                self._on_token(row, newest[row])
+                self._has_stopped[row] = newest[row] in self._stops
+            is_abandoned = cut_at is not None or self._is_abandoned(row)
+            if is_abandoned and cut_at is None:
+                self._cut_at[row] = length
+            flags.append(is_abandoned)
+        return flags
+
+    def trimmed(self, row: int, ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+        """What the row generated before it stopped or was abandoned, and whether it stopped by itself."""
+        ids = ids[: self._cut_at[row]]
+        end = next((at for at, token in enumerate(ids) if token in self._stops), None)
+        return tuple(ids if end is None else ids[: end + 1]), end is not None

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sightline.engines.base import Generated, IsAbandoned, Runtime
+from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
+from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
 from sightline.models.loading import (
     Quantization,
@@ -96,7 +97,13 @@ class QwenVL:
             image_tokens=image_tokens,
         )
 
-    def generate(self, batch: Sequence[Prompt], sampling: Sampling, is_abandoned: IsAbandoned) -> list[Generated]:
+    def generate(
+        self,
+        batch: Sequence[Prompt],
+        sampling: Sampling,
+        is_abandoned: IsAbandoned,
+        on_token: OnToken | None = None,
+    ) -> list[Generated]:
         """Answer a batch; see `engines.base.GenerativeModel`."""
         inputs = self._collate(batch)
         rows = generate_tokens(
@@ -104,6 +111,7 @@ class QwenVL:
             inputs,
             sampling,
             is_abandoned,
+            on_token,
             eos_token_ids=self._eos,
             pad_token_id=self._pad,
         )
@@ -119,7 +127,14 @@ class QwenVL:
 
     def postprocess(self, generated: Generated) -> str:
         """The text of an answer, control tokens removed, stripped (contract A8)."""
-        return str(self._tokenizer.decode(generated.token_ids, skip_special_tokens=True)).strip()
+        return self._decode(generated.token_ids).strip()
+
+    def reader(self) -> Detokenizer:
+        """Reads one answer while it is made."""
+        return Detokenizer(self._decode)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _collate(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Left-pad a batch to (B, T); patches of all images one after the other."""

@@ -16,6 +16,8 @@ from sightline.sources import parse_source
 from sightline.wire import (
     MAX_IMAGES_PER_CALL,
     MAX_PROMPT_CHARACTERS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_SEQUENCES,
     MAX_TOKENS_CEILING,
     Completion,
     Context,
@@ -133,7 +135,7 @@ def demo_fields(model: ModelInfo) -> Json:
 
 
 def sampling_of(options: Mapping[str, object], defaults: Sampling) -> Sampling:
-    """Read max_tokens, temperature, top_p and seed; absent or null means the default.
+    """Read max_tokens, temperature, top_p, seed and stop; absent or null means the default.
 
     Raises InvalidParameter (422) on a wrong type or range (contract B5, B6).
     """
@@ -155,7 +157,21 @@ def sampling_of(options: Mapping[str, object], defaults: Sampling) -> Sampling:
         sampling = replace(sampling, top_p=value)
     if (seed := options.get("seed")) is not None:
         sampling = replace(sampling, seed=int(_number("seed", seed, 0, 2**63 - 1, whole=True)))
+    if (stop := options.get("stop")) is not None:
+        sampling = replace(sampling, stop=_stop_sequences(stop))
     return sampling
+
+
+def _stop_sequences(value: object) -> tuple[str, ...]:
+    stops = cast("list[object]", value) if isinstance(value, list) else [value]
+    is_good = len(stops) <= MAX_STOP_SEQUENCES and all(
+        isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops
+    )
+    if not is_good:
+        raise InvalidParameter(
+            f"stop must be text, or up to {MAX_STOP_SEQUENCES} texts, of 1 to {MAX_STOP_CHARACTERS} characters."
+        )
+    return tuple(cast("list[str]", stops))
 
 
 def _number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> float:

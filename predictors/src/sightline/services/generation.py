@@ -2,15 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import aclosing
+from dataclasses import asdict, replace
 from typing import Any, Generic, TypeVar
 
 import orjson
 
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.engines.hf import HFEngine
+from sightline.engines.text import Pieces
 from sightline.errors import DeadlineExceeded, OutOfMemory
 from sightline.services.base import Json, demo_fields, together
 from sightline.v2 import Scalar
@@ -64,7 +66,48 @@ class Generation(Generic[Model]):
 
     async def generate_all(self, prompts: Sequence[tuple[Any, Sampling]], context: Context) -> list[Generated]:
         """Answers in order. The first failure cancels the rest."""
-        return await together(self.engine.generate(prompt, sampling, context.deadline) for prompt, sampling in prompts)
+        return await together(self._generate(prompt, sampling, context) for prompt, sampling in prompts)
+
+    async def stream(
+        self, prompt: object, sampling: Sampling, context: Context, finish: Callable[[Generated], Completion]
+    ) -> AsyncGenerator[str | Completion]:
+        """The text of one answer piece by piece, then the whole.
+
+        finish  makes the wire type of the raw answer; its text is what all pieces are together
+
+        Closing the generator ends the answer at the next token.
+        """
+        told = ""
+        async with aclosing(self._parts(prompt, sampling, context)) as parts:
+            async for part in parts:
+                if isinstance(part, str):
+                    told += part
+                    yield part
+                else:
+                    made = finish(part)
+                    if rest := made.text[len(told) :]:  # such as half a character that nothing made whole
+                        yield rest
+                    yield made
+
+    async def _generate(self, prompt: object, sampling: Sampling, context: Context) -> Generated:
+        if not sampling.stop:
+            return await self.engine.generate(prompt, sampling, context.deadline)
+        async with aclosing(self._parts(prompt, sampling, context)) as parts:
+            return [part async for part in parts if isinstance(part, Generated)][-1]
+
+    async def _parts(self, prompt: object, sampling: Sampling, context: Context) -> AsyncGenerator[str | Generated]:
+        pieces = Pieces(self.model.reader(), sampling.stop)
+        stream = self.engine.stream(prompt, sampling, context.deadline, is_enough=lambda: pieces.stopped_at is not None)
+        async with aclosing(stream) as parts:
+            async for part in parts:
+                if isinstance(part, list):
+                    if text := pieces.push(part):
+                        yield text
+                elif pieces.stopped_at is None:
+                    yield part
+                else:
+                    ids = part.token_ids[: pieces.tokens]
+                    yield replace(part, token_ids=ids, finish_reason="stop", stopped_at=pieces.stopped_at)
 
 
 async def within(deadline: Deadline, work: Awaitable[T]) -> T:
@@ -89,6 +132,8 @@ def completion(
     text: str, generated: Generated, model: ModelInfo, started: float, reasoning_tokens: int = 0
 ) -> Completion:
     """The wire type of an answer. `started` is `time.monotonic()` at the arrival of the request."""
+    if generated.stopped_at is not None:
+        text = text.partition(generated.stopped_at)[0].rstrip()
     return Completion(
         text=text,
         finish_reason=generated.finish_reason,

@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sightline.engines.base import Generated, IsAbandoned, Runtime
+from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
-from sightline.models.gpt_oss.harmony import Answer, HarmonyTokens, parse
+from sightline.engines.text import Detokenizer
+from sightline.models.gpt_oss.harmony import Answer, HarmonyTokens, Reader, parse
 from sightline.models.loading import LoadFailed, as_plain_text, check_kind, check_length, load_pretrained, model_info
 from sightline.settings import EnhanceSettings
 from sightline.wire import ReasoningLevel, Sampling
@@ -72,7 +73,13 @@ class GptOss:
         check_length(self._model, len(ids))
         return Prompt(ids)
 
-    def generate(self, batch: Sequence[Prompt], sampling: Sampling, is_abandoned: IsAbandoned) -> list[Generated]:
+    def generate(
+        self,
+        batch: Sequence[Prompt],
+        sampling: Sampling,
+        is_abandoned: IsAbandoned,
+        on_token: OnToken | None = None,
+    ) -> list[Generated]:
         """Answer a batch; see `engines.base.GenerativeModel`."""
         length = max(len(prompt.input_ids) for prompt in batch)
         input_ids = torch.full((len(batch), length), self._pad, dtype=torch.int64)
@@ -86,6 +93,7 @@ class GptOss:
             {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)},
             sampling,
             is_abandoned,
+            on_token,
             eos_token_ids=(self._tokens.return_, self._tokens.call),
             pad_token_id=self._pad,
         )
@@ -99,8 +107,25 @@ class GptOss:
         answer = parse(generated.token_ids, self._tokens)
         if answer.final is None:
             return None, answer
-        text = str(self._tokenizer.decode(answer.final, skip_special_tokens=True)).strip()
-        return text or None, answer
+        return self._decode(answer.final).strip() or None, answer
+
+    def reader(self) -> "FinalReader":
+        """Reads the final channel of one answer while it is made."""
+        return FinalReader(Reader(self._tokens), Detokenizer(self._decode))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+@dataclass(frozen=True, slots=True)
+class FinalReader:
+    """The final channel as text; of every other token nothing."""
+
+    harmony: Reader
+    text: Detokenizer
+
+    def push(self, token_id: int) -> str:
+        return self.text.push(token_id) if self.harmony.push(token_id) else ""
 
 
 def harmony_tokens(tokenizer: Any) -> HarmonyTokens:  # noqa: ANN401
