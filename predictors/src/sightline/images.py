@@ -107,6 +107,22 @@ def is_image(data: bytes) -> bool:
     return data.startswith(_MAGICS) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
 
 
+def media_type(data: bytes) -> str:
+    """`image/png` and so on, by the first bytes; application/octet-stream for what is no image that we take."""
+    if not is_image(data):
+        return "application/octet-stream"
+    return next((kind for magic, kind in _MEDIA_TYPES.items() if data.startswith(magic)), "image/tiff")
+
+
+_MEDIA_TYPES = {
+    b"\xff\xd8\xff": "image/jpeg",
+    b"\x89PNG": "image/png",
+    b"GIF8": "image/gif",
+    b"BM": "image/bmp",
+    b"RIFF": "image/webp",
+}
+
+
 def check_bytes(count: int, max_bytes: int) -> None:
     """Raise PayloadTooLarge (413) when an encoded image has more bytes than are taken."""
     if count > max_bytes:
