@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliImplicitFlag, NoDecode, SettingsConfigDict
 
 from sightline.wire import DEFAULT_PROMPT, ReasoningLevel
 
@@ -272,6 +272,20 @@ class BlipSettings(EngineSettings, JobSettings):
     )
     max_tokens: int = Field(50, gt=0, le=512, description="New tokens when a request says nothing.")
     max_batch: int = Field(16, gt=0, description="Images that may share one forward pass.")
+    max_batch_items: int = Field(
+        1000, gt=0, description="Images of one batch request; its form may have as many parts and a few more."
+    )
+    workers: int = Field(1, description="Processes that answer; only 1, as each would hold a model of its own.")
+    reload: CliImplicitFlag[bool] = Field(
+        False, description="For development: start again when a source file of Sightline changes."
+    )
+
+    @field_validator("workers")
+    @classmethod
+    def _is_one(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("must be 1: each process would hold a model of its own; start replicas instead")
+        return value
 
 
 class PipelineSettings(ServerSettings):
