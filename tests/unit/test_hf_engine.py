@@ -7,13 +7,21 @@ import time
 import types
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import pytest
 
-from sightline.engines.base import Generated, IsAbandoned, Runtime
+from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import HFEngine
-from sightline.errors import DeadlineExceeded, InvalidImage, OutOfMemory, SightlineError, Unavailable
+from sightline.errors import (
+    DeadlineExceeded,
+    InvalidImage,
+    NotSupported,
+    OutOfMemory,
+    SightlineError,
+    Unavailable,
+)
 from sightline.wire import Deadline, ModelInfo, Sampling
 
 T = TypeVar("T")
@@ -36,10 +44,18 @@ class GatedModel:
         self.is_abandoned: IsAbandoned = lambda index: False
         self.answer: Callable[[list[str]], Sequence[Generated]] = lambda batch: [generated(item) for item in batch]
         self.threads: set[str] = set()
+        self.on_token: OnToken | None = None
 
-    def generate(self, batch: Sequence[str], sampling: Sampling, is_abandoned: IsAbandoned) -> Sequence[Generated]:
+    def generate(
+        self,
+        batch: Sequence[str],
+        sampling: Sampling,
+        is_abandoned: IsAbandoned,
+        on_token: OnToken | None = None,
+    ) -> Sequence[Generated]:
         self.threads.add(threading.current_thread().name)
         self.is_abandoned = is_abandoned
+        self.on_token = on_token
         self.batches.put(list(batch))
         assert self.may_answer.acquire(timeout=PATIENCE_SECONDS)
         return self.answer(list(batch))
@@ -391,6 +407,171 @@ class TestFailures:
         bench.model.answer = lambda batch: [generated(item) for item in batch]
 
         assert text_of(await soon(bench.submit("b"))) == "b"
+
+
+class Listener:
+    """Somebody who reads a stream: what came, and how it ended."""
+
+    def __init__(self, bench: Bench, item: str, sampling: Sampling = GREEDY, **options: Any) -> None:
+        self.tokens: list[int] = []
+        self.result: Generated | None = None
+        self.stream = bench.engine.stream(item, sampling, options.pop("deadline", None) or later(), **options)
+        self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async with aclosing(self.stream) as parts:
+            async for part in parts:
+                if isinstance(part, Generated):
+                    self.result = part
+                else:
+                    self.tokens.extend(part)
+
+    async def has_heard(self, count: int) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(self.tokens) < count:
+                await asyncio.sleep(0)
+
+
+class TestStreams:
+    async def test_tell_tokens_as_they_are_made_and_then_the_result(self, bench: Bench) -> None:
+        listener = Listener(bench, "abc")
+        await bench.model.next_batch()
+        assert bench.model.on_token is not None
+
+        bench.model.on_token(0, 97)
+        await listener.has_heard(1)
+        assert listener.result is None
+        bench.model.on_token(0, 98)
+        bench.model.on_token(0, 99)
+        bench.model.go_on()
+        await soon(listener.task)
+
+        assert listener.tokens == [97, 98, 99]
+        assert listener.result == generated("abc")
+
+    async def test_share_batches_with_requests_that_are_not_streamed(self, bench: Bench) -> None:
+        await bench.busy()
+        plain = await bench.queued("plain")
+        listener = Listener(bench, "streamed")
+        await asyncio.sleep(0)
+        bench.model.go_on()
+
+        assert await bench.model.next_batch() == ["plain", "streamed"]
+        assert bench.model.on_token is not None
+        bench.model.on_token(0, 1)
+        bench.model.on_token(1, 2)
+        bench.model.go_on()
+        await soon(listener.task)
+
+        assert listener.tokens == [2]
+        assert text_of(await soon(plain[0])) == "plain"
+
+    async def test_nobody_listening_the_model_reads_no_tokens(self, bench: Bench) -> None:
+        await bench.busy()
+
+        assert bench.model.on_token is None
+
+    async def test_a_listener_who_leaves_the_queue_costs_nothing(self, bench: Bench) -> None:
+        await bench.busy()
+        listener = Listener(bench, "gone")
+        await asyncio.sleep(0)
+        await bench.queued("a")
+
+        listener.task.cancel()
+        await asyncio.gather(listener.task, return_exceptions=True)
+        bench.model.go_on()
+
+        assert await bench.model.next_batch() == ["a"]
+
+    async def test_a_listener_who_leaves_ends_its_row_at_the_next_token(self, bench: Bench) -> None:
+        listener = Listener(bench, "gone")
+        await bench.model.next_batch()
+        assert bench.model.on_token is not None
+        bench.model.on_token(0, 1)
+        await listener.has_heard(1)
+        assert not bench.model.is_abandoned(0)
+
+        listener.task.cancel()
+        await asyncio.gather(listener.task, return_exceptions=True)
+
+        assert bench.model.is_abandoned(0)
+
+    async def test_a_listener_who_has_heard_enough_gets_the_result_of_what_it_heard(self, bench: Bench) -> None:
+        is_enough = threading.Event()
+        listener = Listener(bench, "abc", is_enough=is_enough.is_set)
+        await bench.model.next_batch()
+        assert not bench.model.is_abandoned(0)
+
+        is_enough.set()
+        assert bench.model.is_abandoned(0)
+        bench.model.go_on()
+        await soon(listener.task)
+
+        assert listener.result == generated("abc")
+
+    async def test_a_batch_that_is_tried_again_item_by_item_tells_no_token_twice(self, bench: Bench) -> None:
+        def answer(batch: list[str]) -> Sequence[Generated]:
+            for row, item in enumerate(batch):
+                if bench.model.on_token is not None and item == "ab":
+                    bench.model.on_token(row, 97)
+                    if len(batch) > 1:
+                        raise ValueError
+                    bench.model.on_token(row, 98)
+            return [generated(item) for item in batch]
+
+        bench.model.answer = answer
+        await bench.busy()
+        listener = Listener(bench, "ab")
+        await asyncio.sleep(0)
+        await bench.queued("other")
+        bench.model.go_on(10)
+        await soon(listener.task)
+
+        assert listener.tokens == [97, 98]
+        assert listener.result == generated("ab")
+
+    async def test_a_failure_comes_behind_the_tokens_that_were_made(self, bench: Bench) -> None:
+        listener = Listener(bench, "a")
+        await bench.model.next_batch()
+        assert bench.model.on_token is not None
+        bench.model.on_token(0, 1)
+        bench.model.answer = raising(MemoryError())
+        bench.model.go_on()
+
+        with pytest.raises(OutOfMemory):
+            await soon(listener.task)
+        assert listener.tokens == [1]
+
+    async def test_the_deadline_holds_between_tokens(self, bench: Bench) -> None:
+        listener = Listener(bench, "slow", deadline=Deadline.after(0.01))
+
+        with pytest.raises(DeadlineExceeded):
+            await soon(listener.task)
+        with pytest.raises(DeadlineExceeded):
+            await soon(Listener(bench, "late", deadline=Deadline.after(-1)).task)
+
+    async def test_closing_the_engine_turns_away_who_waits_to_listen(self, bench: Bench) -> None:
+        await bench.busy()
+        listener = Listener(bench, "a")
+        await asyncio.sleep(0)
+
+        closing = asyncio.create_task(bench.engine.close())
+
+        with pytest.raises(Unavailable):
+            await soon(listener.task)
+        bench.model.go_on()
+        await soon(closing)
+
+    async def test_an_engine_with_a_computation_of_its_own_has_no_tokens(self) -> None:
+        engine: HFEngine[GatedModel, str, Sampling, list[float]] = HFEngine(
+            GatedModel, max_batch=1, run=lambda model, batch, options, is_abandoned: [[0.0] for _ in batch]
+        )
+        await soon(engine.start())
+
+        with pytest.raises(NotSupported):
+            await anext(engine.stream("a", GREEDY, later()))
+        assert await soon(engine.generate("a", GREEDY, later())) == [0.0]
+        await soon(engine.close())
 
 
 class TestStartAndClose:

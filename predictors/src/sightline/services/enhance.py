@@ -1,7 +1,8 @@
 """Contract D9: a caption to fuller prose by gpt-oss; the level is the model's own reasoning effort."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import APIRouter
 
 from sightline import v2
+from sightline.engines.base import Generated
 from sightline.errors import BadRequest, SightlineError
 from sightline.services.base import (
     Json,
@@ -30,6 +32,7 @@ from sightline.wire import (
     EnhanceRequest,
     ReasoningLevel,
     Sampling,
+    Turn,
 )
 
 if TYPE_CHECKING:
@@ -81,21 +84,42 @@ class EnhanceService:
         model = self._generation.model
         default: ReasoningLevel = self._settings.reasoning_level
         prompts = await together(
-            self._generation.in_pool(partial(model.preprocess, request.caption, request.level or default))
+            self._generation.in_pool(partial(model.preprocess, _turns(request), request.level or default))
             for request in requests
         )
         samplings = [request.sampling for request in requests]
         return _Prepared(tuple(zip(prompts, samplings, strict=True)), started)
 
     async def predict(self, prepared: _Prepared, context: Context) -> list[Completion]:
+        generated = await self._generation.generate_all(prepared.prompts, context)
+        return [self._completion(item, prepared.started) for item in generated]
+
+    def _completion(self, generated: Generated, started: float) -> Completion:
         model = self._generation.model
-        completions: list[Completion] = []
-        for generated in await self._generation.generate_all(prepared.prompts, context):
-            text, answer = model.postprocess(generated)
-            if text is None:
-                raise _no_final(generated.finish_reason)
-            completions.append(completion(text, generated, model.info, prepared.started, answer.reasoning_tokens))
-        return completions
+        text, answer = model.postprocess(generated)
+        if text is None:
+            raise _no_final(generated.finish_reason)
+        return completion(text, generated, model.info, started, answer.reasoning_tokens)
+
+    def from_chat(self, turns: Sequence[Turn], options: Mapping[str, object]) -> EnhanceRequest:
+        """The user's text is the caption. A system turn replaces the enhancer's own instructions."""
+        if any(turn.images for turn in turns):
+            raise BadRequest("This model reads text only.", code="image_unsupported")
+        captions = [_caption(turn.text) for turn in turns if turn.role == "user"]
+        if not captions or turns[-1].role != "user":
+            raise BadRequest("The last message must be the user's.", code="text_missing")
+        level = level_of(options.get("reasoning_level"))
+        sampling = sampling_of(options, self._defaults)
+        return EnhanceRequest(captions[-1], level, sampling, () if len(turns) == 1 else tuple(turns))
+
+    async def stream(self, request: EnhanceRequest, context: Context) -> AsyncGenerator[str | Completion]:
+        """The final channel piece by piece, then the whole; reasoning is never shown."""
+        prepared = await self.preprocess([request], context)
+        ((prompt, sampling),) = prepared.prompts
+        finish = partial(self._completion, started=prepared.started)
+        async with aclosing(self._generation.stream(prompt, sampling, context, finish)) as parts:
+            async for part in parts:
+                yield part
 
     def from_v1(self, body: Mapping[str, object]) -> list[EnhanceRequest]:
         return [self._from_instance(instance) for instance in instances_of(body)]
@@ -139,6 +163,10 @@ class EnhanceService:
             level_of(fields.get("reasoning_level")),
             sampling_of(fields, self._defaults),
         )
+
+
+def _turns(request: EnhanceRequest) -> tuple[Turn, ...]:
+    return request.turns or (Turn("user", (request.caption,)),)
 
 
 def _caption(value: object) -> str:

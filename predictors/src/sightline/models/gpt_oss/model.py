@@ -20,7 +20,7 @@ from sightline.engines.text import Detokenizer
 from sightline.models.gpt_oss.harmony import Answer, HarmonyTokens, Reader, parse
 from sightline.models.loading import LoadFailed, as_plain_text, check_kind, check_length, load_pretrained, model_info
 from sightline.settings import EnhanceSettings
-from sightline.wire import ReasoningLevel, Sampling
+from sightline.wire import ReasoningLevel, Sampling, Turn
 
 INSTRUCTIONS = (
     "Rewrite the caption inside <caption> tags as fuller prose in plain English. Keep every fact. "
@@ -54,17 +54,16 @@ class GptOss:
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
 
-    def preprocess(self, caption: str, level: ReasoningLevel) -> Prompt:
-        """Token ids of the harmony conversation that asks for an enhancement. Thread-safe.
+    def preprocess(self, turns: Sequence[Turn], level: ReasoningLevel) -> Prompt:
+        """Token ids of the harmony conversation that goes on with the assistant's next turn. Thread-safe.
+
+        turns   texts only. What they have in system turns replaces the enhancer's own instructions; without any, the
+                first user turn is the caption that those speak of
 
         Raises InvalidParameter (422) when they are more than the model's context.
         """
-        quoted = as_plain_text(caption).replace("</caption>", "< /caption>")
         ids = self._tokenizer.apply_chat_template(
-            [
-                {"role": "developer", "content": INSTRUCTIONS},
-                {"role": "user", "content": f"<caption>\n{quoted}\n</caption>"},
-            ],
+            _messages(turns),
             reasoning_effort=level,
             add_generation_prompt=True,
             return_dict=True,
@@ -126,6 +125,18 @@ class FinalReader:
 
     def push(self, token_id: int) -> str:
         return self.text.push(token_id) if self.harmony.push(token_id) else ""
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Harmony has one developer message, at the front."""
+    instructions = "\n\n".join(turn.text for turn in turns if turn.role == "system")
+    messages = [{"role": turn.role, "content": as_plain_text(turn.text)} for turn in turns if turn.role != "system"]
+    if not instructions:
+        instructions = INSTRUCTIONS
+        caption = next(message for message in messages if message["role"] == "user")
+        quoted = caption["content"].replace("</caption>", "< /caption>")
+        caption["content"] = f"<caption>\n{quoted}\n</caption>"
+    return [{"role": "developer", "content": as_plain_text(instructions)}, *messages]
 
 
 def harmony_tokens(tokenizer: Any) -> HarmonyTokens:  # noqa: ANN401
