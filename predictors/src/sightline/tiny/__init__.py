@@ -10,9 +10,16 @@ DESCRIBE = HERE / "describe"
 """Folder of the tiny Qwen2.5-VL checkpoint."""
 ENHANCE = HERE / "enhance"
 """Folder of the tiny gpt-oss checkpoint."""
+EMBED = HERE / "embed"
+"""Folder of the tiny ColQwen2.5 checkpoint."""
+BLIP = HERE / "blip"
+"""Folder of the tiny BLIP checkpoint."""
+GENERATE = HERE / "generate"
+"""Folder of the tiny Kimi-VL checkpoint."""
 
 HELD_OUT_DESCRIBE = 0.02
 HELD_OUT_ENHANCE = 0.08
+HELD_OUT_EMBED = 0.05
 
 
 def is_held_out(caption: str, share: float) -> bool:
