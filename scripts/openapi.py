@@ -16,7 +16,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, model_type in MODELS.items():
         settings = model_type.settings_type(auth="off", _env_file=None)  # type: ignore[call-arg]
-        app = build_app(model_type(settings), settings)  # type: ignore[arg-type]
+        app = build_app({name: model_type(settings)}, settings)  # type: ignore[arg-type]
         text = json.dumps(app.openapi(), indent=2, ensure_ascii=False, sort_keys=True)
         (FOLDER / f"{name}.json").write_text(text + "\n")
 

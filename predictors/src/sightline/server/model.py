@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -12,12 +12,13 @@ from kserve import Model
 
 from sightline.errors import NotSupported, QueueFull, Unavailable
 from sightline.server import metrics
-from sightline.services.base import Service
+from sightline.services.base import ChatService, Service
+from sightline.services.blip import BlipService
 from sightline.services.describe import DescribeService
 from sightline.services.enhance import EnhanceService
 from sightline.services.pipeline import PipelineService
-from sightline.settings import DescribeSettings, EnhanceSettings, PipelineSettings, ServerSettings
-from sightline.wire import Context
+from sightline.settings import BlipSettings, DescribeSettings, EnhanceSettings, PipelineSettings, ServerSettings
+from sightline.wire import Completion, Context
 
 log = logging.getLogger("sightline.server")
 
@@ -119,12 +120,30 @@ class PredictorModel(Model):
 
     async def run(self, requests: Sequence[Any], context: Context) -> Sequence[Any]:
         """Requests in, results out, same length and order. Raises Unavailable (503), QueueFull (429)."""
-        if not self.has_loaded:
-            raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
+        self.check_loaded()
         with self._admission.admit(len(requests)), metrics.in_flight(self.name, len(requests)):
             # KServe types bodies and answers as its own; they pass through it untouched.
             results, _ = await cast("Any", self)(Call(requests, context))
         return results
+
+    async def stream(self, request: Any, context: Context) -> AsyncGenerator[str | Completion]:  # noqa: ANN401
+        """Pieces of one answer, then the whole; the service must be a `ChatService`.
+
+        Nothing is done before the first piece is asked for; then it raises like `run`. Closing it ends the work.
+        """
+        self.check_loaded()
+        service = cast("ChatService[Any]", self.service)
+        with self._admission.admit(1), metrics.in_flight(self.name, 1):
+            async with aclosing(cast("AsyncGenerator[str | Completion]", service.stream(request, context))) as parts:
+                async for part in parts:
+                    if isinstance(part, Completion):
+                        metrics.observe(self.name, [part])
+                    yield part
+
+    def check_loaded(self) -> None:
+        """Raises Unavailable (503)."""
+        if not self.has_loaded:
+            raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
 
     async def preprocess(self, payload: Any, headers: Any = None) -> Call:  # noqa: ANN401  # pyright: ignore[reportIncompatibleMethodOverride]
         """Fetch and decode; anything but a `Call` did not come by a route of ours."""
@@ -161,17 +180,27 @@ class EnhanceModel(PredictorModel):
         super().__init__(EnhanceService(settings), settings)
 
 
+class BlipModel(PredictorModel):
+    """BLIP."""
+
+    settings_type = BlipSettings
+
+    def __init__(self, settings: BlipSettings) -> None:
+        super().__init__(BlipService(settings), settings)
+
+
 class PipelineModel(PredictorModel):
     """The gateway in front of the two."""
 
     settings_type = PipelineSettings
 
-    def __init__(self, settings: PipelineSettings) -> None:
-        super().__init__(PipelineService(settings), settings)
+    def __init__(self, settings: PipelineSettings, **steps: Any) -> None:  # noqa: ANN401 - steps of this process
+        super().__init__(PipelineService(settings, **steps), settings)
 
 
 MODELS: dict[str, type[PredictorModel]] = {
     "describe": DescribeModel,
     "enhance": EnhanceModel,
+    "blip": BlipModel,
     "pipeline": PipelineModel,
 }

@@ -1,12 +1,13 @@
-"""From settings to a running process: one FastAPI application, served by KServe's ModelServer."""
+"""From settings to a running process: one FastAPI application of one or several predictors, on KServe's ModelServer."""
 
 import asyncio
 import contextlib
 import logging
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import FrameType
+from typing import cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -18,43 +19,75 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sightline import __version__
+from sightline.configuration import Configured, configure, local_steps
 from sightline.errors import InvalidParameter
 from sightline.server.guard import Guard
 from sightline.server.keys import Keys
-from sightline.server.model import PredictorModel
+from sightline.server.local import LocalStep
+from sightline.server.model import MODELS, PredictorModel
+from sightline.server.native import NativeRoutes
 from sightline.server.protocols import Protocols
 from sightline.server.rendering import error_body, error_headers, translate
 from sightline.services.base import context_of
 from sightline.services.bodies import json_response
-from sightline.settings import ServerSettings
+from sightline.settings import ServerSettings, shown
 
 log = logging.getLogger("sightline.server")
 
 
-def build_app(model: PredictorModel, settings: ServerSettings) -> FastAPI:
-    """The application of one model: its own routes, then V1 and V2; KServe's are added at start.
+def build_models(configured: Mapping[str, Configured]) -> dict[str, PredictorModel]:
+    """The models of one process. A gateway takes the steps that are served beside it without HTTP.
 
+    Raises ValueError when two of them have one name.
+    """
+    gateways = [kind for kind in configured if kind == "pipeline"]  # last: they wait for their steps
+    models: dict[str, PredictorModel] = {}
+    for kind in [*(kind for kind in configured if kind not in gateways), *gateways]:
+        steps = {_STEPS[step]: LocalStep(models[step]) for step in local_steps(configured)} if kind in gateways else {}
+        models[kind] = MODELS[kind](configured[kind].settings, **steps)  # type: ignore[arg-type, call-arg]
+    names = [model.name for model in models.values()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two predictors have one name: {', '.join(names)}")
+    return models
+
+
+_STEPS: Mapping[str, str] = {"describe": "caption", "enhance": "enhance"}
+
+
+def build_app(models: Mapping[str, PredictorModel], settings: ServerSettings) -> FastAPI:
+    """One application: the models' own routes, then V1 and V2; KServe's are added at start.
+
+    models   by predictor name
     Raises ValueError or OSError when no API key can be had.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
-        await model.shut_down()
+        await _shut_down(list(models.values()))
 
     app = FastAPI(
-        title=f"Sightline {model.name}",
-        description=type(model.service).__doc__ or "",
+        title=f"Sightline {', '.join(model.name for model in models.values())}",
+        description="\n\n".join(type(model.service).__doc__ or "" for model in models.values()),
         version=__version__,
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.include_router(model.service.router(model.run))
-    app.include_router(Protocols([model], settings.max_request_bytes).router())
+    NativeRoutes(models).include_in(app)
+    app.include_router(Protocols(list(models.values()), settings.max_request_bytes).router())
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_middleware(Guard, settings=settings, keys=Keys(settings))
     return app
+
+
+async def _shut_down(models: Sequence[PredictorModel]) -> None:
+    """The gateway first, then its steps; what one of them raises keeps no other from closing."""
+    for model in reversed(models):
+        try:
+            await model.shut_down()
+        except Exception:
+            log.exception("could not close model=%s", model.name)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -86,6 +119,10 @@ class _RESTServer(RESTServer):
         self.config.host = settings.host
         self.config.access_log = False  # the guard writes one line with more in it
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._server.should_exit
+
     def stop_soon(self) -> None:
         """Stop accepting, answer what is running, end."""
         self._server.should_exit = True
@@ -107,31 +144,40 @@ class _ModelServer(ModelServer):
 
     def start(self, models: list[BaseKServeModel]) -> None:
         """Serve until SIGTERM or SIGINT; returns when running requests are answered."""
-        self._register_and_check_atleast_one_model_is_ready(models)
-        self.servers.append(self._rest_server.start())
+        for model in models:
+            self.register_model(model)
         # uvicorn has handlers of its own while it serves, and raises what it caught again when it has drained;
         # with Python's default handler that would be death by signal instead of exit code 0.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_soon)
-        asyncio.run(self._serve())
+        asyncio.run(self._serve_while_loading(cast("list[PredictorModel]", models)))
 
     def _stop_soon(self, number: int, frame: FrameType | None) -> None:
         self._rest_server.stop_soon()
 
-    async def _serve(self) -> None:
+    async def _serve_while_loading(self, models: Sequence[PredictorModel]) -> None:
         """Run the web server and the loading together; when the server ends, so does the loading."""
-        rest, *loading = [asyncio.ensure_future(server) for server in reversed(self.servers)]
-        done, _ = await asyncio.wait([rest, *loading], return_when=asyncio.FIRST_EXCEPTION)
+        serving = asyncio.ensure_future(self._rest_server.start())
+        loading = asyncio.ensure_future(self._load_in_turn(models))
+        done, _ = await asyncio.wait([serving, loading], return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             if (error := task.exception()) is not None:
                 raise error
 
+    async def _load_in_turn(self, models: Sequence[PredictorModel]) -> None:
+        """One after the other: the first answers soonest, and no two need their loading memory at once."""
+        for model in models:
+            if self._rest_server.is_stopping:
+                return
+            await model.start_engine()
 
-def serve(model_type: type[PredictorModel], settings: ServerSettings) -> int:
-    """Serve one model until told to stop. Returns the process's exit code."""
+
+def serve(configured: Mapping[str, Configured]) -> int:
+    """Serve until told to stop. Returns the process's exit code."""
+    settings = next(iter(configured.values())).settings  # what the process has once, each of them has
     try:
-        model = model_type(settings)  # type: ignore[arg-type]  # each subclass takes its own settings
-        app = build_app(model, settings)
+        models = build_models(configured)
+        app = build_app(models, settings)
     except (ValueError, OSError) as error:
         log.error("cannot start: %s", error)
         return 1
@@ -142,27 +188,30 @@ def serve(model_type: type[PredictorModel], settings: ServerSettings) -> int:
             settings.port,
         )
     try:
-        _ModelServer(app, settings).start([model])
+        _ModelServer(app, settings).start(list(models.values()))
     except Exception as error:
         log.critical("stopped: %s: %s", type(error).__name__, error, exc_info=error)
         return 1
     return 0
 
 
-def main(argv: list[str]) -> int:
-    """`sightline serve NAME [flags]`."""
-    from sightline.server.model import MODELS
-    from sightline.settings import load, shown
+def read_command(argv: Sequence[str], prog: str) -> dict[str, Configured]:
+    """`NAME… [flags]`, or `all [flags]`, as settings. Raises SystemExit."""
+    count = next((index for index, word in enumerate(argv) if word.startswith("-")), len(argv))
+    names = list(MODELS) if list(argv[:count]) == ["all"] else list(dict.fromkeys(argv[:count]))
+    if not names or not MODELS.keys() >= set(names):
+        sys.stderr.write(f"usage: {prog} {{{','.join([*MODELS, 'all'])}}} … [flags]; --help after a name lists them\n")
+        raise SystemExit(0 if "--help" in argv else 2)
+    return configure({name: MODELS[name].settings_type for name in names}, argv[count:], prog=prog)
 
-    if not argv or argv[0] not in MODELS:
-        sys.stderr.write(f"usage: sightline serve {{{','.join(MODELS)}}} [flags]; --help after a name lists them\n")
-        return 0 if argv[:1] == ["--help"] else 2
-    name, *argv = argv
-    model_type = MODELS[name]
-    settings = load(model_type.settings_type, argv, prog=f"sightline serve {name}")
-    _configure_logging(settings)
-    log.info("settings %s", shown(settings))
-    return serve(model_type, settings)
+
+def main(argv: Sequence[str]) -> int:
+    """`sightline serve NAME… [flags]`."""
+    configured = read_command(argv, "sightline serve")
+    _configure_logging(next(iter(configured.values())).settings)
+    for kind, item in configured.items():
+        log.info("settings predictor=%s %s", kind, shown(item.settings))
+    return serve(configured)
 
 
 def _configure_logging(settings: ServerSettings) -> None:

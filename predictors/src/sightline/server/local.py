@@ -1,0 +1,52 @@
+"""A step of the chain that is served beside the gateway, in the same process: the model's own queue instead of HTTP."""
+
+from sightline.engines.remote import StepMetadata
+from sightline.server.model import PredictorModel
+from sightline.v2 import Scalar
+from sightline.wire import (
+    Completion,
+    Context,
+    DescribeRequest,
+    EnhanceRequest,
+    ImageBytes,
+    ReasoningLevel,
+    Sampling,
+)
+
+
+class LocalStep:
+    """What `RemoteStep` is to another process. Raises what the model raises."""
+
+    def __init__(self, model: PredictorModel) -> None:
+        self._model = model
+
+    async def describe(self, image: ImageBytes, prompt: str | None, sampling: Sampling, context: Context) -> Completion:
+        (completion,) = await self._model.run([DescribeRequest(image, prompt, sampling)], context)
+        return completion
+
+    async def enhance(self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context) -> Completion:
+        (completion,) = await self._model.run([EnhanceRequest(caption, level, sampling)], context)
+        return completion
+
+    async def is_ready(self, timeout_seconds: float = 1.0) -> bool:
+        return await self._model.healthy()
+
+    async def metadata(self, timeout_seconds: float = 1.0) -> StepMetadata | None:
+        """What the model says about itself; None while it loads."""
+        if not await self._model.healthy():
+            return None
+        said = self._model.service.metadata()
+
+        def text(name: str) -> str | None:
+            value: Scalar | None = said.get(name)
+            return value if isinstance(value, str) else None
+
+        return StepMetadata(
+            model=text("model"),
+            revision=text("model_revision"),
+            demo=said.get("demo_model") is True,
+            device=text("device"),
+            backend=text("backend"),
+            dtype=text("dtype"),
+            reasoning_level=text("reasoning_level"),
+        )
