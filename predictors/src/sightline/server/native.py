@@ -17,7 +17,7 @@ from starlette.formparsers import MultiPartException
 from starlette.types import Message
 
 from sightline.server.model import PredictorModel
-from sightline.services.base import Json
+from sightline.services.base import Json, Run
 from sightline.services.bodies import json_response
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -44,7 +44,7 @@ class NativeRoutes:
     """
 
     def __init__(self, models: Mapping[str, PredictorModel]) -> None:
-        self._routers = [model.service.router(model.run) for model in models.values()]
+        self._routers = [model.service.router(Run(model.run, model.stream)) for model in models.values()]
         owned: dict[tuple[str, str], list[_Owned]] = {}
         for (kind, model), router in zip(models.items(), self._routers, strict=True):
             for route in router.routes:

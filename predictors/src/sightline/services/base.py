@@ -4,8 +4,8 @@ The server (the only importer of kserve) wraps a `Service` into a KServe `Model`
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast, get_args
 
 from fastapi import APIRouter, Request
@@ -34,8 +34,21 @@ Res = TypeVar("Res")
 T = TypeVar("T")
 
 Json = dict[str, Any]
-Run = Callable[[Sequence[Any], Context], Awaitable[Sequence[Any]]]
-"""Requests in, results out, same length and order, through the three verbs of the served model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The way of a service's own routes through its served model, with the queue and the counts of every protocol.
+
+    items   requests in, results out, same length and order, through the three verbs
+    stream  one request in, its pieces and then the whole out, as `ChatService.stream` gives them
+    """
+
+    items: Callable[[Sequence[Any], Context], Awaitable[Sequence[Any]]]
+    stream: Callable[[Any, Context], AsyncGenerator[Any]]
+
+    async def __call__(self, requests: Sequence[Any], context: Context) -> Sequence[Any]:
+        return await self.items(requests, context)
 
 
 class Service(Protocol[Req, Prepared, Res]):
@@ -94,7 +107,7 @@ class ChatService(Protocol[Req]):
         """
         ...
 
-    def stream(self, request: Req, context: Context) -> AsyncIterator[str | Completion]:
+    def stream(self, request: Req, context: Context) -> AsyncGenerator[str | Completion]:
         """Pieces of text as they are made, then the whole Completion. Closing it ends the generation."""
         ...
 
