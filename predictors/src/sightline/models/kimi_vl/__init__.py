@@ -4,10 +4,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 
 from sightline.models.kimi_vl.checkpoint import save_published
 from sightline.models.kimi_vl.configuration import KimiVLConfig, MoonViTConfig
+from sightline.models.kimi_vl.model import KimiVL
 from sightline.models.kimi_vl.modeling import KimiVLForConditionalGeneration
 from sightline.models.kimi_vl.processing import KimiVLImageProcessor, KimiVLProcessor, TikTokenTokenizer
 
 __all__ = [
+    "KimiVL",
     "KimiVLConfig",
     "KimiVLForConditionalGeneration",
     "KimiVLImageProcessor",

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,47 +34,62 @@ def tensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def fill(model: Any, files: Sequence[Path], *, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ANN401
+def fill(
+    model: Any,  # noqa: ANN401
+    wanted: Mapping[str, torch.Tensor],
+    files: Sequence[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     """Give a model whose weights are on the meta device those of the files, one tensor at a time.
+
+    model   on `device` afterwards; modules that `quantize.prepare` put into it take their weights themselves
+    wanted  the state dict of the model before that
 
     Raises LoadFailed when weights are missing, left over or of another shape, or not filled wholly.
     """
-    wanted: dict[str, torch.Tensor] = model.state_dict()
     filled: Counter[str] = Counter()
     faults: list[str] = []
     for name, tensor in tensors(files):
         for piece in from_published(name, tensor, vision_heads=model.config.vision_config.num_attention_heads):
             fault = _misfit(wanted.get(piece.name), piece)
-            if fault is not None:
+            if fault is None:
+                _store(model, piece, wanted[piece.name], dtype, device)
+                filled[piece.name] += piece.tensor.numel()
+            else:
                 faults.append(f"{name} is {fault}")
-                continue
-            _store(model, piece, wanted[piece.name], dtype, device)
-            filled[piece.name] += piece.tensor.numel()
     faults += [f"{name} is missing" for name, tensor in wanted.items() if filled[name] != tensor.numel()]
     if faults:
         raise LoadFailed(f"{files[0].parent}: {len(faults)} faults: {'; '.join(faults[:5])}")
+    for module in model.modules():  # the tables that follow from the configuration
+        for name, tensor in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set:
+                module._buffers[name] = tensor.to(device)
 
 
-def _misfit(place: torch.Tensor | None, piece: Piece) -> str | None:
-    if place is None:
+def _misfit(whole: torch.Tensor | None, piece: Piece) -> str | None:
+    if whole is None:
         return "not a weight of this model"
     try:
-        shape = place[piece.index].shape
+        shape = piece.place(whole).shape
     except IndexError:
         return "one more than this model has"
     return None if shape == piece.tensor.shape else f"of shape {tuple(piece.tensor.shape)}, not {tuple(shape)}"
 
 
-def _store(model: Any, piece: Piece, place: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ANN401
-    owner_name, _, attribute = piece.name.rpartition(".")
-    owner = model.get_submodule(owner_name)
+def _store(model: Any, piece: Piece, whole: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ANN401
+    path, _, attribute = piece.name.rpartition(".")
+    owner = model.get_submodule(path)
+    if hasattr(owner, "take"):
+        owner.take(piece)
+        return
     held: torch.Tensor = getattr(owner, attribute)
     if held.is_meta:
-        is_buffer = attribute in owner._buffers
-        kept = torch.empty(place.shape, dtype=torch.float32 if is_buffer else dtype, device=device)
-        held = kept if is_buffer else torch.nn.Parameter(kept)
+        is_buffer = attribute in owner._buffers  # the router's correction, which decides near-ties: never rounded
+        empty = torch.empty(whole.shape, dtype=torch.float32 if is_buffer else dtype, device=device)
+        held = empty if is_buffer else torch.nn.Parameter(empty)
         setattr(owner, attribute, held)
-    held.data[piece.index] = piece.tensor.to(device=device, dtype=held.dtype)
+    piece.place(held.data).copy_(piece.tensor)
 
 
 def save_published(model: Any, folder: str | Path, *, shard_bytes: int = 5 * 1000**3) -> None:  # noqa: ANN401

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-Index = tuple[int | slice, ...]
-
 _PREFIXES = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -35,12 +33,24 @@ _DERIVED = re.compile(r"\.rotary_emb\.|\.rope_2d\.")
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one expert's matrix in a stack of them."""
+
+    expert: int
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of one of our tensors: `ours[index] = tensor`."""
+    """One of our tensors, or the part of it that one published tensor holds."""
 
     name: str
     tensor: torch.Tensor
-    index: Index = ()
+    part: Part | None = None
+
+    def place(self, whole: torch.Tensor) -> torch.Tensor:
+        """Where in our tensor it goes. Raises IndexError when the tensor has no such expert."""
+        return whole if self.part is None else whole[self.part.expert][self.part.rows]
 
 
 def from_published(name: str, tensor: torch.Tensor, *, vision_heads: int) -> Iterator[Piece]:
@@ -53,9 +63,9 @@ def from_published(name: str, tensor: torch.Tensor, *, vision_heads: int) -> Ite
     if match := _EXPERT.fullmatch(name):
         layer, expert, matrix = match.groups()
         width = len(tensor)
-        rows = {"gate": (slice(0, width),), "up": (slice(width, 2 * width),), "down": ()}[matrix]
+        rows = {"gate": slice(0, width), "up": slice(width, 2 * width), "down": slice(None)}[matrix]
         stack = "down_proj" if matrix == "down" else "gate_up_proj"
-        yield Piece(f"model.language_model.{layer}.{stack}", tensor, (int(expert), *rows))
+        yield Piece(f"model.language_model.{layer}.{stack}", tensor, Part(int(expert), rows))
     elif match := _BLOCK.fullmatch(name):
         block, part, kind = match.groups()
         ours = f"model.vision_tower.layers.{block}"

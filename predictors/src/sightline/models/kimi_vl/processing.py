@@ -101,7 +101,7 @@ class TikTokenTokenizer(TokenizersBackend):
 
 
 class KimiVLProcessor(ProcessorMixin):
-    """Image processor and tokenizer together; each `<|media_pad|>` of a text becomes as many as its image has tokens."""
+    """Image processor and tokenizer; each `<|media_pad|>` of a text becomes as many as its image has tokens."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:  # noqa: ANN401
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
