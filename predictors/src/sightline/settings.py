@@ -22,6 +22,7 @@ TINY = Path(__file__).parent / "tiny"
 _USER_INFO = re.compile(r"//[^/@\s]*@")
 
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+StepProtocol = Literal["v2", "openai"]
 
 
 def _split(value: object) -> object:
@@ -293,10 +294,23 @@ class PipelineSettings(ServerSettings):
 
     model_name: str = Field("pipeline", description="Name in the KServe routes.")
     describe_url: str = Field("http://127.0.0.1:8081", description="Base URL of the caption step.")
-    describe_model: str = Field("describe", description="Its model name in the V2 routes.")
+    describe_model: str = Field("describe", description="Its model name in the routes of its protocol.")
+    describe_protocol: StepProtocol = Field(
+        "v2",
+        description="What the caption step speaks: v2 (a predictor of ours), or openai (vLLM, an LLMInferenceService, "
+        "a hosted model: any URL with /v1/chat/completions).",
+    )
+    describe_max_width: int = Field(
+        1024,
+        ge=28,
+        description="Of images sent to a caption step that speaks openai; they are decoded and stripped of EXIF first.",
+    )
     enhance_url: str | None = Field(None, description="Base URL of the enhance step; None: the pipeline only captions.")
-    enhance_model: str = Field("enhance", description="Its model name in the V2 routes.")
+    enhance_model: str = Field("enhance", description="Its model name in the routes of its protocol.")
+    enhance_protocol: StepProtocol = Field("v2", description="What the enhance step speaks; openai also streams.")
     step_api_key: SecretStr | None = Field(None, description="Key that the two steps want.")
+    describe_api_key: SecretStr | None = Field(None, description="Key of the caption step, where it has one of its own.")
+    enhance_api_key: SecretStr | None = Field(None, description="Key of the enhance step, where it has one of its own.")
     enhance_by_default: bool = Field(
         True,
         validation_alias=AliasChoices("enhance_by_default", "USE_GPT_OSS"),

@@ -21,6 +21,7 @@ from sightline.wire import (
     MAX_TOKENS_CEILING,
     Completion,
     Context,
+    ImageS3,
     ImageSource,
     ModelInfo,
     ReasoningLevel,
@@ -261,11 +262,18 @@ def image_of(instance: object) -> tuple[ImageSource, Mapping[str, object]]:
             if isinstance(value, dict):
                 value = cast("Mapping[str, object]", value).get("b64")
             if isinstance(value, str) and value:
-                return parse_source(value), fields
+                return s3_source(value) if key == "s3_uri" else parse_source(value), fields
     raise BadRequest(
         "An instance needs an image: base64, a data URI, an allowed URL or s3://.",
         code="image_missing",
     )
+
+
+def s3_source(value: str) -> ImageS3:
+    """The image of a field `s3_uri`, which takes nothing else. Raises BadRequest (400, s3_uri_invalid)."""
+    if not value.startswith("s3://"):
+        raise BadRequest("s3_uri must start with s3://", code="s3_uri_invalid")
+    return ImageS3(value)
 
 
 def images_of(request: v2.InferRequest) -> tuple[ImageSource, ...]:
