@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from dotenv import dotenv_values
 from pydantic import AliasChoices
+from pydantic_settings import CliImplicitFlag
 
 from sightline.settings import JobSettings, PipelineSettings, ServerSettings, load, shown
 
@@ -69,7 +70,7 @@ def configure(kinds: Kinds, argv: Sequence[str], *, prog: str = "sightline") -> 
     if {"-h", "--help"} & set(argv):
         _help(kinds, prog)
     try:
-        flags = _assigned(kinds, list(_flags(argv)))
+        flags = _assigned(kinds, list(_flags(kinds, argv)))
         variables = {kind: _variables(kinds, kind, flags[kind]) for kind in kinds}
     except _Fault as fault:
         sys.stderr.write(f"{prog}: {fault}\n")
@@ -101,22 +102,48 @@ def told(configured: Mapping[str, Configured]) -> dict[str, dict[str, dict[str, 
     return answer
 
 
+def shown_as_table(answer: Mapping[str, Mapping[str, Mapping[str, object]]]) -> str:
+    """What `told` says, for people: a line for each value, in columns."""
+    lines: list[str] = []
+    for kind, rows in answer.items():
+        lines += [kind, *(f"  {name:<26} {_text(row['value']):<50} {row['from']}" for name, row in rows.items()), ""]
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, cast("list[object]", value))) or "none" if isinstance(value, list) else str(value)
+
+
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, value) of `--name value` and `--name=value`; every flag has a value."""
-    tokens = iter(argv)
-    for token in tokens:
+def _flags(kinds: Kinds, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of `--name value`, `--name=value`, and `--name` or `--no-name` of a switch."""
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
         if not token.startswith("--"):
             raise _Fault(f"{token!r} is no flag")
         name, has_value, value = token[2:].partition("=")
         if not has_value:
-            try:
-                value = next(tokens)
-            except StopIteration:
-                raise _Fault(f"--{name} needs a value") from None
+            if _is_switch(kinds, name):
+                value = "true"
+            elif _is_switch(kinds, name.replace("no-", "", 1)):
+                name, value = name.replace("no-", "", 1), "false"
+            elif tokens:
+                value = tokens.pop(0)
+            else:
+                raise _Fault(f"--{name} needs a value")
         yield name, value
+
+
+def _is_switch(kinds: Kinds, name: str) -> bool:
+    """Whether a flag stands alone, as `--reload` does."""
+    tail = name.rpartition(".")[2]
+    fields = [cls.model_fields[field] for cls in kinds.values() if (field := _field(cls, tail)) is not None]
+    return any(get_args(CliImplicitFlag[bool])[1] in field.metadata for field in fields)
 
 
 def _assigned(kinds: Kinds, flags: Sequence[tuple[str, str]]) -> dict[str, dict[str, list[_Said]]]:
@@ -215,10 +242,10 @@ def _configured(
 ) -> Configured:
     """Everything that was said goes to the settings as flags, so that they have nothing left to decide."""
     every = {field: [said] for field, said in variables.items()} | dict(flags)
-    argv = [f"--{_kebab(field)}={item.value}" for field, said in every.items() for item in said]
+    argv = [_as_flag(cls, field, item.value) for field, said in every.items() for item in said]
     # Blip's MODEL_NAME is its model's (contract E9), and must not become its name in the routes as well.
     taken = [name for name in cls.model_fields if name not in every and name.upper() not in _variables_of(cls, name)]
-    argv += [f"--{_kebab(field)}={cls.model_fields[field].default}" for field in taken]
+    argv += [_as_flag(cls, field, str(cls.model_fields[field].default)) for field in taken]
     origins = dict.fromkeys(cls.model_fields, "default")
     origins |= {field: str(said) for field, said in variables.items()}
     origins |= {field: str(said[-1]) for field, said in flags.items()}
@@ -234,10 +261,22 @@ def _names(cls: type[ServerSettings], field: str) -> list[str]:
 def _field(cls: type[ServerSettings], name: str) -> str | None:
     """The field that is called so, in any spelling: `model`, `MODEL`, `load-8bit`, `QWEN_MODEL_NAME`."""
     wanted = name.replace("-", "_").lower()
+    if wanted in cls.model_fields:
+        return wanted
     for field in cls.model_fields:
         if wanted in {alias.lower() for alias in _names(cls, field)}:
             return field
     return None
+
+
+def _as_flag(cls: type[ServerSettings], field: str, value: str) -> str:
+    if _is_switch({"": cls}, field) and value.lower() in _YES | _NO:
+        return f"--{'' if value.lower() in _YES else 'no-'}{_kebab(field)}"
+    return f"--{_kebab(field)}={value}"
+
+
+_YES = {"true", "1", "yes", "on"}
+_NO = {"false", "0", "no", "off"}
 
 
 def _kebab(field: str) -> str:
