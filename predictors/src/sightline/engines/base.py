@@ -1,7 +1,7 @@
 """What an engine is given and gives back, whatever makes the tokens."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from sightline.wire import FinishReason, ModelInfo, Sampling
@@ -34,11 +34,15 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where a loaded model lives: `device` (cpu, cuda:0), `dtype` (torch.float32), `backend` (hf)."""
+    """Where a loaded model lives: `device` (cpu, cuda:0), `dtype` (torch.float32), `backend` (hf).
+
+    bytes_per_dtype  of its weights, such as {"int8": 2, "float16": 1}, where a model says so
+    """
 
     backend: str
     device: str
     dtype: str
+    bytes_per_dtype: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class TextReader(Protocol):
