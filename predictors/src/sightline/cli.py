@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sightline.conformance.command import conformance
+
 app = typer.Typer(
     help="Vision-language models as KServe predictors, and the caption→enhance pipeline.",
     no_args_is_help=True,
@@ -31,6 +33,27 @@ def serve(context: typer.Context) -> None:
     from sightline.server.serve import main as serve_main
 
     raise SystemExit(serve_main(context.args))
+
+
+@app.command(
+    "show-config",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def show_config(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Print what `serve` with the same words would have in force, secrets hidden, and where each value comes from."""
+    from sightline.configuration import shown_as_table, told
+    from sightline.server.serve import read_command
+
+    answer = told(read_command(context.args, "sightline show-config"))
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(answer, indent=2))
+    else:
+        typer.echo(shown_as_table(answer), nl=False)
 
 
 @app.command()
@@ -72,6 +95,9 @@ def demo(
     from sightline.demo import run
 
     raise SystemExit(run(port, keep_serving=not once))
+
+
+app.command()(conformance)
 
 
 def main() -> None:
