@@ -27,7 +27,7 @@ from sightline.errors import (
 )
 from sightline.server import metrics
 from sightline.server.keys import Keys
-from sightline.server.rendering import error_body, error_headers, translate
+from sightline.server.rendering import error_body, error_headers, error_status, translate
 from sightline.settings import ServerSettings
 from sightline.wire import REQUEST_ID_HEADER, TIMEOUT_HEADER, Context, Deadline
 
@@ -100,7 +100,8 @@ class Guard:
             )
         if response.status is not None:  # too late to say it
             raise error
-        await response.send_json(known.status, error_body(scope["path"], known, request_id), error_headers(known))
+        path = scope["path"]
+        await response.send_json(error_status(path, known), error_body(path, known, request_id), error_headers(known))
 
 
 class _Response:

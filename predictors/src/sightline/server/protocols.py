@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from sightline import __version__, v2
-from sightline.errors import BadRequest, NotFound, NotSupported, PayloadTooLarge, Unavailable
+from sightline.errors import BadRequest, NotFound, NotSupported, PayloadTooLarge
 from sightline.server.model import PredictorModel
 from sightline.services.base import Json, context_of
 from sightline.services.bodies import json_response
@@ -128,10 +128,9 @@ class Protocols:
     async def _infer(self, request: Request, model_name: str, model_version: str | None = None) -> Response:
         """V2 inference: JSON or the binary tensor extension, optionally compressed."""
         model = self._model(model_name, model_version)
-        if not model.has_loaded:  # before the body: a loading model must not read images
-            raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
+        model.check_loaded()  # before the body: a loading model must not read images
         context = context_of(request)
-        body = _decompressed(await request.body(), request.headers.get("content-encoding"), self._max_bytes)
+        body = decompressed(await request.body(), request.headers.get("content-encoding"), self._max_bytes)
         announced = request.headers.get(v2.HEADER_LENGTH)
 
         def parse() -> tuple[v2.InferRequest, Sequence[object]]:
@@ -139,7 +138,7 @@ class Protocols:
             _check_outputs(parsed, model)
             return parsed, model.service.from_v2(parsed)
 
-        parsed, requests = await _beside_the_loop(len(body), parse)
+        parsed, requests = await beside_the_loop(len(body), parse)
         results = await model.run(requests, context)
         response = model.service.to_v2(results)
         # KServe's own client insists on an id; the protocol lets us choose one.
@@ -156,9 +155,8 @@ class Protocols:
     async def _predict(self, request: Request, model_name: str) -> Response:
         """V1 prediction: `{"instances": […]}`."""
         model = self._model(model_name, None)
-        if not model.has_loaded:
-            raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
-        body = _decompressed(await request.body(), request.headers.get("content-encoding"), self._max_bytes)
+        model.check_loaded()
+        body = decompressed(await request.body(), request.headers.get("content-encoding"), self._max_bytes)
 
         def parse() -> Sequence[object]:
             try:
@@ -169,7 +167,7 @@ class Protocols:
                 raise BadRequest("The body must be a JSON object with 'instances'.")
             return model.service.from_v1(cast("Mapping[str, object]", parsed))
 
-        requests = await _beside_the_loop(len(body), parse)
+        requests = await beside_the_loop(len(body), parse)
         results = await model.run(requests, context_of(request))
         return json_response(model.service.to_v1(results))
 
@@ -183,7 +181,7 @@ class Protocols:
 LARGE_BYTES = 1 << 20
 
 
-async def _beside_the_loop(size: int, work: Callable[[], T]) -> T:
+async def beside_the_loop(size: int, work: Callable[[], T]) -> T:
     """Parse a large body in a thread: 100 MB of base64 would stop the event loop, and with it the probes."""
     return await asyncio.to_thread(work) if size > LARGE_BYTES else work()
 
@@ -202,7 +200,7 @@ def _readiness(body: Json, *, is_ready: bool) -> Response:
     return json_response(body, status_code=503, headers={"Retry-After": "5"})
 
 
-def _decompressed(body: bytes, encoding: str | None, limit: int) -> bytes:
+def decompressed(body: bytes, encoding: str | None, limit: int) -> bytes:
     """Undo Content-Encoding gzip or deflate, never making more than `limit` bytes."""
     encoding = (encoding or "identity").strip().lower()
     if encoding == "identity":

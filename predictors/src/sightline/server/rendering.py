@@ -1,4 +1,9 @@
-"""Errors as each protocol says them, and foreign errors as ours."""
+"""Errors as each protocol says them, and foreign errors as ours.
+
+{"detail": …, "code", "request_id"}               the services' own routes, FastAPI's shape
+{"error": …, "code", "request_id"}                /v2/…, /v1/models/<m>:predict
+{"error": {"message", "type", "param", "code"}, "request_id"}     /v1/… and /openai/v1/…, OpenAI's shape
+"""
 
 import re
 
@@ -8,20 +13,53 @@ from starlette.exceptions import HTTPException
 from sightline.errors import (
     BadRequest,
     InternalError,
+    InvalidApiKey,
     InvalidParameter,
     NotFound,
     NotSupported,
+    QueueFull,
     SightlineError,
     Unavailable,
 )
 
-_KSERVE_ROUTES = re.compile(r"/v[12](/|$)")
+_KSERVE_ROUTES = re.compile(r"/v2(/|$)|/v1/models/[^/]+:")
+_OPENAI_ROUTES = re.compile(r"(/openai)?/v1(/|$)")
+
+
+def error_status(path: str, error: SightlineError) -> int:
+    """The error's own status; OpenAI's routes know no 422 and say 400."""
+    return BadRequest.status if error.status == InvalidParameter.status and is_openai(path) else error.status
 
 
 def error_body(path: str, error: SightlineError, request_id: str) -> dict[str, object]:
-    """`{"error": …}` on the V1 and V2 routes, FastAPI's `{"detail": …}` elsewhere; always a code and the id."""
+    """The error in the shape of the route; always with its code and the request's id."""
+    if is_openai(path):
+        return {"error": openai_error(error), "request_id": request_id}
     key = "error" if _KSERVE_ROUTES.match(path) else "detail"
     return {key: error.message, "code": error.code, "request_id": request_id}
+
+
+def is_openai(path: str) -> bool:
+    """Whether a route answers errors in OpenAI's shape."""
+    return _OPENAI_ROUTES.match(path) is not None and _KSERVE_ROUTES.match(path) is None
+
+
+def openai_error(error: SightlineError) -> dict[str, object]:
+    """OpenAI's error object. `param` names the faulty field of the body where the error knows it."""
+    return {
+        "message": error.message,
+        "type": _openai_type(error.status),
+        "param": getattr(error, "param", None),
+        "code": error.code,
+    }
+
+
+def _openai_type(status: int) -> str:
+    if status == InvalidApiKey.status:
+        return "authentication_error"
+    if status == QueueFull.status:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def error_headers(error: SightlineError) -> dict[str, str]:

@@ -26,8 +26,9 @@ from sightline.server.keys import Keys
 from sightline.server.local import LocalStep
 from sightline.server.model import MODELS, PredictorModel
 from sightline.server.native import NativeRoutes
+from sightline.server.openai import OpenAI
 from sightline.server.protocols import Protocols
-from sightline.server.rendering import error_body, error_headers, translate
+from sightline.server.rendering import error_body, error_headers, error_status, translate
 from sightline.services.base import context_of
 from sightline.services.bodies import json_response
 from sightline.settings import ServerSettings, shown
@@ -74,6 +75,7 @@ def build_app(models: Mapping[str, PredictorModel], settings: ServerSettings) ->
         redoc_url=None,
     )
     NativeRoutes(models).include_in(app)
+    app.include_router(OpenAI(list(models.values()), settings.max_request_bytes).router())
     app.include_router(Protocols(list(models.values()), settings.max_request_bytes).router())
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
@@ -97,8 +99,9 @@ async def _answer(request: Request, error: Exception) -> Response:
     known = translate(error)
     assert known is not None  # noqa: S101 - both registered kinds are known
     allowed = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    body = error_body(request.url.path, known, context_of(request).request_id)
-    return json_response(body, status_code=known.status, headers=error_headers(known) | allowed)
+    path = request.url.path
+    body = error_body(path, known, context_of(request).request_id)
+    return json_response(body, status_code=error_status(path, known), headers=error_headers(known) | allowed)
 
 
 class _RESTServer(RESTServer):
