@@ -28,10 +28,11 @@ from sightline.server.model import MODELS, PredictorModel
 from sightline.server.native import NativeRoutes
 from sightline.server.openai import OpenAI
 from sightline.server.protocols import Protocols
+from sightline.server.reload import serve_reloading
 from sightline.server.rendering import error_body, error_headers, error_status, translate
 from sightline.services.base import context_of
 from sightline.services.bodies import json_response
-from sightline.settings import ServerSettings, shown
+from sightline.settings import BlipSettings, ServerSettings, shown
 
 log = logging.getLogger("sightline.server")
 
@@ -214,6 +215,8 @@ def main(argv: Sequence[str]) -> int:
     _configure_logging(next(iter(configured.values())).settings)
     for kind, item in configured.items():
         log.info("settings predictor=%s %s", kind, shown(item.settings))
+    if any(isinstance(item.settings, BlipSettings) and item.settings.reload for item in configured.values()):
+        return serve_reloading(argv)
     return serve(configured)
 
 
