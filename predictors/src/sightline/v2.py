@@ -124,6 +124,12 @@ class InferRequest:
         """The input of that name, or None."""
         return next((tensor for tensor in self.inputs if tensor.name == name), None)
 
+    def wants_binary(self, name: str) -> bool:
+        """Whether the client wants that output in binary form."""
+        if name in self.json_outputs:
+            return False
+        return name in self.binary_outputs or self.is_binary_default
+
 
 @dataclass(frozen=True, slots=True)
 class InferResponse:
@@ -185,11 +191,6 @@ def render_response(response: InferResponse, request: InferRequest) -> tuple[byt
             raise BadRequest("A requested output does not exist.", code="unknown_output")
     chosen = [available[name] for name in request.outputs] or list(response.outputs)
 
-    def is_binary(name: str) -> bool:
-        if name in request.json_outputs:
-            return False
-        return name in request.binary_outputs or request.is_binary_default
-
     head: dict[str, object] = {"model_name": response.model_name}
     if response.model_version is not None:
         head["model_version"] = response.model_version
@@ -198,7 +199,7 @@ def render_response(response: InferResponse, request: InferRequest) -> tuple[byt
         head["id"] = request_id
     if response.parameters:
         head["parameters"] = dict(response.parameters)
-    return _join(head, "outputs", [(tensor, is_binary(tensor.name)) for tensor in chosen])
+    return _join(head, "outputs", [(tensor, request.wants_binary(tensor.name)) for tensor in chosen])
 
 
 def render_request(request: InferRequest) -> tuple[bytes, int | None]:
@@ -290,7 +291,7 @@ def _tensor(item: Mapping[str, object], blobs: _Blobs | None) -> Tensor:
     elif isinstance(size, bool) or not isinstance(size, int) or size < 0 or blobs is None:
         raise BadRequest(f"Tensor{_shown(name)} has an invalid binary_data_size.", code="invalid_tensor")
     else:
-        data = _data_from_binary(name, datatype, sizes, blobs.take(size))
+        data = data_from_binary(name, datatype, sizes, blobs.take(size))
     return Tensor(name, datatype, sizes, data)
 
 
@@ -313,7 +314,8 @@ def _data_from_json(name: str, datatype: str, shape: tuple[int, ...], value: obj
         raise BadRequest(f"Tensor{_shown(name)} has a value out of range.", code="invalid_tensor") from error
 
 
-def _data_from_binary(name: str, datatype: str, shape: tuple[int, ...], blob: memoryview) -> Data:
+def data_from_binary(name: str, datatype: str, shape: tuple[int, ...], blob: memoryview) -> Data:
+    """The data of a tensor in binary form, as in the REST extension and in gRPC. Raises BadRequest (400)."""
     count = math.prod(shape)
     if datatype == "BYTES":
         # One more than wanted is enough to know: a blob of zeros would be millions of empty elements.
@@ -356,7 +358,7 @@ def _join(head: dict[str, object], key: str, tensors: Sequence[tuple[Tensor, boo
             "datatype": tensor.datatype,
         }
         if is_binary:
-            blob = _to_binary(tensor)
+            blob = to_binary(tensor)
             item["parameters"] = {"binary_data_size": len(blob)}
             blobs.append(blob)
         else:
@@ -369,7 +371,8 @@ def _join(head: dict[str, object], key: str, tensors: Sequence[tuple[Tensor, boo
     return b"".join([rendered, *blobs]), len(rendered)
 
 
-def _to_binary(tensor: Tensor) -> bytes:
+def to_binary(tensor: Tensor) -> bytes:
+    """The data of a tensor in that form."""
     if isinstance(tensor.data, tuple):
         return b"".join(struct.pack("<I", len(element)) + element for element in tensor.data)
     return np.ascontiguousarray(tensor.data, dtype=tensor.data.dtype.newbyteorder("<")).tobytes()

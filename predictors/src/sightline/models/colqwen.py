@@ -97,15 +97,20 @@ class ColQwen:
         self.dim = int(model.custom_text_proj.out_features)
         self.spatial_merge_size = int(model.spatial_merge_size)
         self.image_token_id = int(model.config.image_token_id)
+        self.augmentation = self._trailing_augmentation()
         self.golden = self._checked()
 
     # --- preprocess ---
 
-    def preprocess_page(self, image: Image.Image) -> Item:
+    def preprocess_page(self, image: Image.Image, *, is_halved: bool = False) -> Item:
         """Patches and token ids of one page image, RGB of any size. Thread-safe; needs no device.
+
+        is_halved   show the model half of the pixels that it would see (the processor's own minimum remains)
 
         Raises InvalidParameter (422) when they are more than the model's context.
         """
+        if is_halved:
+            image = self._halved(image)
         inputs = self._processor.process_images([image])
         ids = inputs["input_ids"][0]
         places = (ids == self.image_token_id).nonzero()[:, 0]
@@ -144,10 +149,22 @@ class ColQwen:
             raise InvalidParameter("A page of this size cannot be embedded.", code="image_size_unsupported") from error
         return int(across), int(down)
 
+    def _halved(self, image: Image.Image) -> Image.Image:
+        across, down = self.patches(*image.size)
+        side = int(self._model.patch_size) * self.spatial_merge_size
+        scale = (across * down * side * side / 2 / (image.width * image.height)) ** 0.5
+        return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+
     def token_texts(self, item: Item) -> list[str]:
         """Each token of a query as text; the augmentation tokens read `<|endoftext|>`."""
         tokenizer = self._processor.tokenizer
         return [str(tokenizer.decode([int(token)])) for token in item.input_ids]
+
+    def _trailing_augmentation(self) -> int:
+        """How many tokens the processor adds behind a query."""
+        token = self._processor.tokenizer.convert_tokens_to_ids(self._processor.query_augmentation_token)
+        is_own = (self.preprocess_query("a").input_ids != token).nonzero()[:, 0]
+        return self.preprocess_query("a").tokens - int(is_own[-1]) - 1
 
     # --- forward ---
 
@@ -196,6 +213,10 @@ class ColQwen:
             raise InternalError("The model returned numbers that are not finite.", code="output_not_finite")
         return found
 
+    def pool(self, vectors: Vectors, factor: int) -> Vectors:
+        """Fewer vectors of a page; see `pool`."""
+        return pool(vectors, factor)
+
     # --- the checks that a replica passes before it is ready ---
 
     def _checked(self) -> "Golden":
@@ -227,12 +248,12 @@ class _ColQwen(ColQwen2_5):
 class Golden:
     """What the fixed query and page became: a checksum for equal set-ups, and numbers to compare across others.
 
-    sha256     of all vectors, rounded to three decimals
-    component  the first eight numbers of the query's first vector
+    sha256         of all vectors, rounded to three decimals
+    first_numbers  of the query's first vector, eight
     """
 
     sha256: str
-    component: tuple[float, ...]
+    first_numbers: tuple[float, ...]
 
     @classmethod
     def of(cls, query: Vectors, page: Vectors) -> "Golden":
