@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 
 from sightline.chain import (
     MAX_CAPTION_WORDS,
+    ChainOptions,
     ChainPolicy,
-    ChainRequest,
     ChainResult,
     EnhancementFault,
     StepReport,
     added_terms,
     run,
+    stream,
     tidy,
     unwrap,
 )
@@ -33,6 +35,7 @@ from sightline.errors import (
 )
 from sightline.wire import (
     CREATIVE_SEARCH_PROMPT,
+    PRESETS,
     SHORT_PROMPT,
     Completion,
     Context,
@@ -88,7 +91,8 @@ async def ask(
     **request: object,
 ) -> ChainResult:
     return await run(
-        ChainRequest(IMAGE, **request),  # type: ignore[arg-type]
+        IMAGE,
+        ChainOptions(**request),  # type: ignore[arg-type]
         Context("r1", Deadline.after(seconds)),
         caption=caption or Caption(),
         enhance=enhance,
@@ -109,7 +113,8 @@ class TestWhetherToEnhance:
     async def test_request_then_policy(self, asked: bool | None, default: bool, is_enhanced: bool) -> None:
         enhance = Enhance()
         result = await run(
-            ChainRequest(IMAGE, enhance=asked),
+            IMAGE,
+            ChainOptions(enhance=asked),
             Context("r1", Deadline.after(60)),
             caption=Caption(),
             enhance=enhance,
@@ -121,7 +126,8 @@ class TestWhetherToEnhance:
 
     async def test_skipping_is_no_fault_even_without_an_enhancer(self) -> None:
         result = await run(
-            ChainRequest(IMAGE, enhance=False, strict=True),
+            IMAGE,
+            ChainOptions(enhance=False, strict=True),
             Context("r1", Deadline.after(60)),
             caption=Caption(),
             enhance=None,
@@ -190,7 +196,7 @@ class TestWhatTheStepsAreAsked:
         caption, enhance = Caption(), Enhance()
         context = Context("r1", Deadline.after(60), traceparent="00-1-2-01")
         policy = ChainPolicy(enhance_timeout_seconds=600, reserve_seconds=1)
-        await run(ChainRequest(IMAGE), context, caption=caption, enhance=enhance, policy=policy)
+        await run(IMAGE, ChainOptions(), context, caption=caption, enhance=enhance, policy=policy)
         within = enhance.calls[0][3]
         assert caption.calls[0][3] is context
         assert isinstance(within, Context)
@@ -314,7 +320,7 @@ class TestEnhanceStepFails:
         deadline = Deadline.after(30.01)
         policy = ChainPolicy(reserve_seconds=30)
         context = Context("r1", deadline)
-        result = await run(ChainRequest(IMAGE), context, caption=Caption(), enhance=enhance, policy=policy)
+        result = await run(IMAGE, ChainOptions(), context, caption=Caption(), enhance=enhance, policy=policy)
         assert result.enhancement_error is not None
         assert deadline.remaining() > 1
 
@@ -337,6 +343,139 @@ async def test_cancelling_the_chain_cancels_the_running_step(hanging: str) -> No
     with pytest.raises(asyncio.CancelledError):
         await task
     assert step.was_cancelled
+
+
+class Pieces:
+    """An enhance step that streams: texts, then the whole, or an error; None hangs."""
+
+    def __init__(self, *pieces: str | Completion | Exception | None) -> None:
+        self.pieces = pieces
+        self.calls: list[tuple[object, ...]] = []
+        self.was_closed = False
+
+    async def __call__(self, *arguments: object) -> AsyncGenerator[str | Completion]:
+        self.calls.append(arguments)
+        try:
+            for piece in self.pieces:
+                if piece is None:
+                    await asyncio.Event().wait()
+                if isinstance(piece, Exception):
+                    raise piece
+                assert piece is not None
+                yield piece
+        finally:
+            self.was_closed = True
+
+
+async def watch(step: Pieces | None, *, policy: ChainPolicy | None = None, **options: object) -> list[object]:
+    """All events, with each result as its caption."""
+    events = stream(
+        IMAGE,
+        ChainOptions(**options),  # type: ignore[arg-type]
+        Context("r1", Deadline.after(60)),
+        caption=Caption(),
+        enhance=step,
+        policy=policy or ChainPolicy(),
+    )
+    return [event async for event in events]
+
+
+class TestStream:
+    async def test_the_caption_then_pieces_then_the_end(self) -> None:
+        first, *pieces, last = await watch(Pieces("A red kite ", "rides the wind.", ENHANCED))
+        assert isinstance(first, ChainResult)
+        assert isinstance(last, ChainResult)
+        assert (first.caption, first.enhanced, len(first.steps)) == ("A red kite.", False, 1)
+        assert pieces == ["A red kite ", "rides the wind."]
+        assert last == await ask(enhance=Enhance())
+
+    async def test_a_step_that_cannot_stream_gives_no_pieces(self) -> None:
+        assert len(await watch(Pieces(ENHANCED))) == 2
+
+    async def test_without_enhancement_the_caption_is_the_end(self) -> None:
+        first, last = await watch(Pieces(ENHANCED), enhance=False)
+        assert first == last
+
+    @pytest.mark.parametrize(
+        ("pieces", "code"),
+        [
+            pytest.param((UpstreamFailed("x"),), "enhancer_failed", id="at once"),
+            pytest.param(("A red", UpstreamFailed("x")), "enhancer_failed", id="half-way"),
+            pytest.param(("A red",), "enhancer_failed", id="ends without the whole"),
+            pytest.param((replace(ENHANCED, text=" "),), "no_final_answer", id="blank"),
+            pytest.param(("A red", None), "enhancer_timeout", id="stalls half-way"),
+            pytest.param((ZeroDivisionError(),), "enhancer_failed", id="a bug of ours"),
+        ],
+    )
+    async def test_a_failing_enhancement_ends_in_the_caption(
+        self, pieces: tuple[str | Completion | Exception | None, ...], code: str
+    ) -> None:
+        step = Pieces(*pieces)
+        policy = ChainPolicy(enhance_timeout_seconds=0.05 if None in pieces else 60)
+        last = (await watch(step, policy=policy))[-1]
+        assert isinstance(last, ChainResult)
+        assert (last.caption, last.enhanced) == ("A red kite.", False)
+        assert last.enhancement_error is not None
+        assert last.enhancement_error.code == code
+        assert step.was_closed
+        with pytest.raises(Unavailable) as raised:
+            await watch(Pieces(*pieces), policy=policy, strict=True)
+        assert raised.value.code == code
+
+    async def test_no_enhancer_at_all(self) -> None:
+        last = (await watch(None))[-1]
+        assert isinstance(last, ChainResult)
+        assert last.enhancement_error == EnhancementFault(
+            "enhancer_not_configured", "This pipeline has no enhance step."
+        )
+
+    async def test_closing_it_closes_the_step(self) -> None:
+        step = Pieces("A red", None)
+        context = Context("r1", Deadline.after(60))
+        events = stream(IMAGE, ChainOptions(), context, caption=Caption(), enhance=step, policy=ChainPolicy())
+        await anext(events)
+        assert await anext(events) == "A red"
+        await events.aclose()
+        assert step.was_closed
+
+
+class TestPresets:
+    @pytest.mark.parametrize("preset", PRESETS)
+    async def test_is_the_prompt(self, preset: str) -> None:
+        caption = Caption()
+        await ask(caption, Enhance(), preset=preset)
+        assert caption.calls[0][1] == PRESETS[preset]
+
+    async def test_own_words_win(self) -> None:
+        caption = Caption()
+        await ask(caption, Enhance(), preset="tags", prompt="Count.")
+        assert caption.calls[0][1] == "Count."
+
+    @pytest.mark.parametrize(("preset", "is_cut"), [("creative-search", True), ("alt-text", True), ("product", False)])
+    async def test_only_captions_are_cut(self, preset: str, is_cut: bool) -> None:
+        result = await ask(Caption(replace(CAPTIONED, text="kite " * 60)), preset=preset, enhance=False)
+        assert result.truncated is is_cut
+
+    async def test_tags_are_no_sentence(self) -> None:
+        result = await ask(Caption(replace(CAPTIONED, text="kite, red, sky")), preset="tags", enhance=False)
+        assert result.caption == "kite, red, sky"
+
+
+async def test_a_request_may_bring_its_own_sampling() -> None:
+    caption, enhance = Caption(), Enhance()
+    short, hot = Sampling(max_tokens=5, seed=3), Sampling(max_tokens=6, temperature=1)
+    await ask(caption, enhance, caption_sampling=short, enhance_sampling=hot)
+    assert (caption.calls[0][2], enhance.calls[0][2]) == (short, hot)
+
+
+async def test_what_a_model_does_not_tell_is_no_proof_of_blindness() -> None:
+    untold = replace(CAPTIONED, usage=Usage(prompt_tokens=10, completion_tokens=9, image_tokens=None))
+    result = await ask(Caption(untold), enhance=Enhance())
+    assert result.steps[0].image_tokens is None
+
+
+async def test_a_smaller_look_is_told() -> None:
+    assert (await ask(Caption(replace(CAPTIONED, downscaled=True)), Enhance())).downscaled
 
 
 class TestTruncated:

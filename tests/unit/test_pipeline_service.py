@@ -16,7 +16,9 @@ from PIL import Image
 from starlette.responses import JSONResponse
 
 from sightline import v2
+from sightline.chain import ChainOptions
 from sightline.engines.remote import RemoteStep
+from sightline.engines.remote_v2 import V2
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -27,6 +29,7 @@ from sightline.errors import (
     SightlineError,
     SourceRefused,
 )
+from sightline.services.base import Run
 from sightline.services.pipeline import PipelineRequest, PipelineService
 from sightline.settings import PipelineSettings
 from sightline.wire import (
@@ -39,6 +42,7 @@ from sightline.wire import (
     ImageS3,
     ImageSource,
     ImageUrl,
+    Sampling,
 )
 
 
@@ -107,7 +111,7 @@ class Model:
 
     def step(self, name: Any) -> RemoteStep:
         client = httpx.AsyncClient(transport=httpx.MockTransport(self))
-        return RemoteStep("http://step", self.name, None, client, step=name, sleep=at_once)
+        return RemoteStep(V2("http://step", self.name), None, client, step=name, sleep=at_once)
 
 
 async def at_once(_: float) -> None:
@@ -159,6 +163,12 @@ class Gateway:
     async def run(self, requests: Any, seconds: float = 60) -> Any:
         context = Context("r-1", Deadline.after(seconds))
         return await self.service.predict(await self.service.preprocess(requests, context), context)
+
+
+def wanted(image: ImageSource, **options: Any) -> PipelineRequest:
+    """A request as a body makes it: with the sampling of an ordinary gateway."""
+    sampling = {"caption_sampling": Sampling(max_tokens=128), "enhance_sampling": Sampling(max_tokens=1024)}
+    return PipelineRequest(image, ChainOptions(**sampling | options))
 
 
 def settings(**changes: Any) -> PipelineSettings:
@@ -218,7 +228,7 @@ def application(service: PipelineService) -> FastAPI:
     async def fault(_: Request, error: SightlineError) -> JSONResponse:
         return JSONResponse({"detail": error.message, "code": error.code}, error.status)
 
-    app.include_router(service.router(run))
+    app.include_router(service.router(Run(run, service.stream)))
     return app
 
 
@@ -526,7 +536,6 @@ class TestHealth:
         response = await gateway.http.get("/health")
         assert response.status_code == 200
         assert (response.json()["ok"], response.json()["backend"]) == (False, None)
-        assert not await gateway.service.is_healthy()
 
     async def test_enhancer_down_is_still_ok(self, gateway: Gateway) -> None:
         gateway.enhance.ready = [False]
@@ -579,10 +588,10 @@ class TestV1:
             }
         )
         assert requests == [
-            PipelineRequest(ImageBytes(PNG), enhance=False),
-            PipelineRequest(ImageS3(URI), prompt="Count.", detailed=False, level="high", strict=True),
-            PipelineRequest(ImageBytes(PNG), explain=True),
-            PipelineRequest(ImageBytes(PNG)),
+            wanted(ImageBytes(PNG), enhance=False),
+            wanted(ImageS3(URI), prompt="Count.", detailed=False, level="high", strict=True),
+            wanted(ImageBytes(PNG), explain=True),
+            wanted(ImageBytes(PNG)),
         ]
         body = gateway.service.to_v1(await gateway.run(requests[:2]))
         assert body == {
@@ -618,7 +627,7 @@ class TestV2:
     )
     async def test_prompts(self, gateway: Gateway, given: tuple[str, ...], prompts: list[str | None]) -> None:
         requests = gateway.service.from_v2(self.request(*given))
-        assert [request.prompt for request in requests] == prompts
+        assert [request.options.prompt for request in requests] == prompts
 
     async def test_parameters(self, gateway: Gateway) -> None:
         requests = gateway.service.from_v2(
@@ -633,11 +642,11 @@ class TestV2:
             )
         )
         assert requests == [
-            PipelineRequest(ImageBytes(PNG), None, False, enhance=False, level="high", strict=True, explain=True)
+            wanted(ImageBytes(PNG), detailed=False, enhance=False, level="high", strict=True, explain=True)
         ]
 
     async def test_outputs(self, gateway: Gateway) -> None:
-        requests = [PipelineRequest(ImageBytes(PNG)), PipelineRequest(ImageBytes(PNG), enhance=False)]
+        requests = [PipelineRequest(ImageBytes(PNG)), wanted(ImageBytes(PNG), enhance=False)]
         response = gateway.service.to_v2(await gateway.run(requests))
         text, original, enhanced, error = response.outputs
         assert [tensor.name for tensor in response.outputs] == [spec.name for spec in gateway.service.outputs]
@@ -657,7 +666,7 @@ class TestV2:
     async def test_an_enhancement_error_is_json(self, build: Build) -> None:
         gateway = build(with_enhancer=False, demo=True)
         gateway.describe.text = "word " * 60
-        response = gateway.service.to_v2(await gateway.run([PipelineRequest(ImageBytes(PNG), explain=True)]))
+        response = gateway.service.to_v2(await gateway.run([wanted(ImageBytes(PNG), explain=True)]))
         assert orjson.loads(response.outputs[3].elements()[0])["code"] == "enhancer_not_configured"
         assert response.parameters["demo_model"] is True
         assert response.parameters["truncated"] is True
@@ -681,7 +690,7 @@ class TestV2:
 class TestManyItems:
     async def test_order_is_kept(self, gateway: Gateway) -> None:
         gateway.describe.reply = lambda call: None
-        requests = [PipelineRequest(ImageBytes(PNG), enhance=index % 2 == 0) for index in range(6)]
+        requests = [wanted(ImageBytes(PNG), enhance=index % 2 == 0) for index in range(6)]
         assert [result.enhanced for result in await gateway.run(requests)] == [True, False] * 3
 
     async def test_one_failing_item_fails_the_call_by_its_index(self, gateway: Gateway) -> None:
@@ -772,8 +781,8 @@ def test_openapi_tells_the_bodies(build: Build) -> None:
     content = post["requestBody"]["content"]
     assert set(content) == {"application/json", "multipart/form-data", "image/*"}
     assert set(content["application/json"]["schema"]["properties"]) == {
-        "s3_uri", "image", "image_url", "image_path", "prompt", "detailed", "use_gpt_oss", "reasoning_level", "strict",
-        "explain",
+        "s3_uri", "image", "image_url", "image_path", "prompt", "preset", "detailed", "use_gpt_oss", "reasoning_level",
+        "strict", "explain", "max_tokens", "temperature", "top_p", "seed", "stream",
     }  # fmt: skip
     assert content["multipart/form-data"]["schema"]["required"] == ["image"]
     answer = schema["components"]["schemas"]["CaptionAnswer"]

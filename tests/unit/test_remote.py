@@ -10,16 +10,11 @@ import orjson
 import pytest
 
 from sightline import v2
-from sightline.chain import ChainPolicy, ChainRequest, ChainResult, run
-from sightline.engines.remote import (
-    MAX_ANSWER_BYTES,
-    CircuitBreaker,
-    Outcome,
-    RemoteStep,
-    StepMetadata,
-    StepName,
-    new_client,
-)
+from sightline.chain import ChainOptions, ChainPolicy, ChainResult, run
+from sightline.engines.breaker import CircuitBreaker, Outcome
+from sightline.engines.dialect import StepMetadata, StepName
+from sightline.engines.remote import MAX_ANSWER_BYTES, RemoteStep, new_client
+from sightline.engines.remote_v2 import V2
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -178,8 +173,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 def step_of(client: httpx.AsyncClient, clock: Clock) -> Callable[..., RemoteStep]:
     def build(url: str, step: StepName = "caption", api_key: str | None = None) -> RemoteStep:
         return RemoteStep(
-            url,
-            "describe",
+            V2(url, "describe"),
             api_key,
             client,
             step=step,
@@ -260,7 +254,7 @@ class TestWhatIsSent:
     ) -> None:
         monkeypatch.setenv("HTTP_PROXY", await closed_port())
         async with serving(said()) as server, new_client(1) as client:
-            await RemoteStep(server.url, "m", None, client).describe(IMAGE, None, Sampling(), context())
+            await RemoteStep(V2(server.url, "m"), None, client).describe(IMAGE, None, Sampling(), context())
         assert len(server.calls) == 1
 
 
@@ -358,12 +352,11 @@ class TestFaults:
             ),
             pytest.param(
                 fault(403, "invalid_api_key", "Invalid API key"), UpstreamFailed, "caption_step_misconfigured",
-                "The caption step does not know this gateway's key or model name.",
-                id="our key is not the client's fault",
+                "The caption step refuses this gateway's key.", id="our key is not the client's fault",
             ),
             pytest.param(
                 fault(404, "not_found"), UpstreamFailed, "caption_step_misconfigured",
-                "The caption step does not know this gateway's key or model name.", id="nor is the model name",
+                "The caption step does not know this gateway's model name.", id="nor is the model name",
             ),
         ],
     )  # fmt: skip
@@ -650,7 +643,8 @@ class TestChainOverHttp:
     async def chain(self, step_of: StepOf, enhancer: str, *, strict: bool = False, **policy: float) -> ChainResult:
         async with serving(said("a red circle")) as server:
             return await run(
-                ChainRequest(IMAGE, strict=strict),
+                IMAGE,
+                ChainOptions(strict=strict),
                 context(),
                 caption=step_of(server.url).describe,
                 enhance=step_of(enhancer, "enhance").enhance,

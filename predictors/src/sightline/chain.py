@@ -1,17 +1,20 @@
 """Caption, then enhance: one image, one or two models, one deadline, every call injected.
 
-    ChainRequest ──caption──▶ tidy ──enhance?──▶ ChainResult
+    image, ChainOptions ──caption──▶ tidy ──enhance?──▶ ChainResult
 
 What goes wrong in the caption step is the caller's error. What goes wrong in the enhance step is
 not: the caption is there, so it is returned with the reason, unless the caller asked for `strict`.
-Nothing here does I/O, and cancelling `run` cancels the step that is running.
+`run` gives the end; `stream` gives the caption and the pieces of its enhancement as they come, and
+then the same end. Nothing here does I/O, and cancelling either cancels the step that is running.
 """
 
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from sightline.errors import (
     DeadlineExceeded,
@@ -22,6 +25,7 @@ from sightline.errors import (
 )
 from sightline.wire import (
     CREATIVE_SEARCH_PROMPT,
+    PRESETS,
     SHORT_PROMPT,
     Completion,
     Context,
@@ -30,6 +34,7 @@ from sightline.wire import (
     ModelInfo,
     ReasoningLevel,
     Sampling,
+    Usage,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,6 +48,8 @@ CaptionStep = Callable[[ImageBytes, str, Sampling, Context], Awaitable[Completio
 EnhanceStep = Callable[[str, ReasoningLevel, Sampling, Context], Awaitable[Completion]]
 """Caption, level, sampling, context → fuller prose. Keeps to the deadline of its context."""
 
+EnhanceStream = Callable[[str, ReasoningLevel, Sampling, Context], AsyncGenerator[str | Completion]]
+"""The same in pieces, then the whole; the whole alone where a step cannot stream."""
 
 _CAPTION_SAMPLING = Sampling(max_tokens=128)
 _ENHANCE_SAMPLING = Sampling(max_tokens=1024)
@@ -68,22 +75,44 @@ class ChainPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class ChainRequest:
-    """One image to caption.
+class ChainOptions:
+    """What is asked about one image.
 
-    prompt    None: contract D7 when `detailed`, else one short sentence
-    enhance   True forces, False skips, None leaves it to the policy
-    strict    no enhancement where one was wanted is an error, not a bare caption
-    explain   tell which terms the enhancement added
+    prompt            None: that of the preset
+    preset            a name of PRESETS; None: contract D7 when `detailed`, else one short sentence
+    enhance           True forces, False skips, None leaves it to the policy
+    strict            no enhancement where one was wanted is an error, not a bare caption
+    explain           tell which terms the enhancement added
+    caption_sampling  None: the policy's
+    enhance_sampling  None: the policy's
     """
 
-    image: ImageBytes
     prompt: str | None = None
+    preset: str | None = None
     detailed: bool = True
     enhance: bool | None = None
     level: ReasoningLevel | None = None
     strict: bool = False
     explain: bool = False
+    caption_sampling: Sampling | None = None
+    enhance_sampling: Sampling | None = None
+
+    @property
+    def words(self) -> str:
+        """The prompt of the caption step."""
+        if self.prompt is not None:
+            return self.prompt
+        if self.preset is not None:
+            return PRESETS[self.preset]
+        return CREATIVE_SEARCH_PROMPT if self.detailed else SHORT_PROMPT
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether the answer is to be one caption (contract D8), not a longer text or a list."""
+        return self.prompt is not None or self.preset not in _NO_CAPTIONS
+
+
+_NO_CAPTIONS = frozenset({"detailed", "product", "tags"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +125,7 @@ class StepReport:
     milliseconds: float
     prompt_tokens: int
     completion_tokens: int
-    image_tokens: int
+    image_tokens: int | None
     reasoning_tokens: int
 
 
@@ -116,6 +145,7 @@ class ChainResult:
     original_caption   the caption behind an enhanced text, else None
     enhancement_error  why a wanted enhancement is missing, else None
     truncated          a text was cut, by us at 50 words or by its model's max_tokens
+    downscaled         the caption step saw the image at half its pixels, for lack of memory
     steps              one report for each step that answered, in order
     added_terms        terms that the enhancement added; None when nobody asked
     model              the model of the caption step
@@ -131,10 +161,12 @@ class ChainResult:
     added_terms: tuple[str, ...] | None
     model: ModelInfo
     demo: bool
+    downscaled: bool = False
 
 
 async def run(
-    request: ChainRequest,
+    image: ImageBytes,
+    options: ChainOptions,
     context: Context,
     *,
     caption: CaptionStep,
@@ -148,103 +180,189 @@ async def run(
     the image; and, only for a `strict` request, Unavailable (503) with the code that would have
     been the `enhancement_error`.
     """
-    described = await _describe(request, context, caption, policy)
-    text, is_cut = tidy(described.text, close=not described.model.demo)
+    result = await _captioned(image, options, context, caption, policy)
+    if not _is_wanted(options, policy):
+        return result
+    try:
+        with _enhancing(context):
+            step, level, sampling, within = _prepared(options, context, enhance, policy)
+            async with asyncio.timeout(within.deadline.remaining()):
+                prose = await step(result.caption, level, sampling, within)
+            return _enhanced(result, prose, options)
+    except Unavailable as error:
+        return _without(result, error, options)
+
+
+async def stream(
+    image: ImageBytes,
+    options: ChainOptions,
+    context: Context,
+    *,
+    caption: CaptionStep,
+    enhance: EnhanceStream | None,
+    policy: ChainPolicy,
+) -> AsyncGenerator[ChainResult | str]:
+    """The same as it happens: the result of the caption step, pieces of the enhanced text, and the end result.
+
+    An enhancement that fails half-way ends in a result without it: its pieces are void then. Raises like `run`.
+    """
+    result = await _captioned(image, options, context, caption, policy)
+    yield result
+    if not _is_wanted(options, policy):
+        yield result
+        return
+    try:
+        with _enhancing(context):
+            step, level, sampling, within = _prepared(options, context, enhance, policy)
+            prose: Completion | None = None
+            async with aclosing(step(result.caption, level, sampling, within)) as pieces:
+                while (piece := await _next(pieces, within.deadline)) is not None:
+                    if isinstance(piece, str):
+                        yield piece
+                    else:
+                        prose = piece
+            if prose is None:
+                raise UpstreamFailed("The enhance step ended without its answer.")
+            result = _enhanced(result, prose, options)
+    except Unavailable as error:
+        result = _without(result, error, options)
+    yield result
+
+
+def as_completion(result: ChainResult) -> Completion:
+    """A chain as one answer: its last text, and the tokens and the time of all its steps together."""
+    seen = [step.image_tokens for step in result.steps if step.image_tokens is not None]
+    return Completion(
+        text=result.caption,
+        finish_reason="length" if result.truncated else "stop",
+        usage=Usage(
+            prompt_tokens=sum(step.prompt_tokens for step in result.steps),
+            completion_tokens=sum(step.completion_tokens for step in result.steps),
+            image_tokens=sum(seen) if result.steps[0].image_tokens is not None else None,
+            reasoning_tokens=sum(step.reasoning_tokens for step in result.steps),
+        ),
+        model=replace(result.model, demo=result.demo),
+        milliseconds=round(sum(step.milliseconds for step in result.steps), 1),
+        downscaled=result.downscaled,
+    )
+
+
+def _is_wanted(options: ChainOptions, policy: ChainPolicy) -> bool:
+    return policy.enhance_by_default if options.enhance is None else options.enhance
+
+
+async def _captioned(
+    image: ImageBytes, options: ChainOptions, context: Context, step: CaptionStep, policy: ChainPolicy
+) -> ChainResult:
+    """The result as it is when nothing is enhanced."""
+    context.deadline.check()
+    try:
+        async with asyncio.timeout(context.deadline.remaining()):
+            described = await step(image, options.words, options.caption_sampling or policy.caption_sampling, context)
+    except TimeoutError as error:
+        raise DeadlineExceeded("The caption step did not answer before the deadline.") from error
+    if described.usage.image_tokens is not None and described.usage.image_tokens <= 0:
+        raise UpstreamFailed("The caption step did not show that its model saw the image.", code="image_not_seen")
+    text, is_cut = tidy(
+        described.text,
+        close=not described.model.demo and options.preset != "tags",
+        max_words=MAX_CAPTION_WORDS if options.is_caption else None,
+    )
     if not text:
         raise UpstreamFailed("The caption step answered with an empty caption.", code="empty_caption")
-    result = ChainResult(
+    return ChainResult(
         caption=text,
         original_caption=None,
         enhanced=False,
         enhancement_error=None,
         truncated=is_cut or described.finish_reason == "length",
         steps=(_report("caption", described),),
-        added_terms=() if request.explain else None,
+        added_terms=() if options.explain else None,
         model=described.model,
         demo=described.model.demo,
-    )
-    if not _is_wanted(request, policy):
-        return result
-    try:
-        prose = await _enhance(text, request, context, enhance, policy)
-    except Unavailable as error:
-        if request.strict:
-            raise
-        return replace(result, enhancement_error=EnhancementFault(error.code, error.message))
-    enhanced = unwrap(prose.text)
-    return replace(
-        result,
-        caption=enhanced,
-        original_caption=text,
-        enhanced=True,
-        truncated=result.truncated or prose.finish_reason == "length",
-        steps=(*result.steps, _report("enhance", prose)),
-        added_terms=tuple(added_terms(text, enhanced)) if request.explain else None,
-        demo=result.demo or prose.model.demo,
+        downscaled=described.downscaled,
     )
 
 
-def _is_wanted(request: ChainRequest, policy: ChainPolicy) -> bool:
-    return policy.enhance_by_default if request.enhance is None else request.enhance
+Step = TypeVar("Step")
 
 
-async def _describe(request: ChainRequest, context: Context, step: CaptionStep, policy: ChainPolicy) -> Completion:
-    context.deadline.check()
-    prompt = request.prompt or (CREATIVE_SEARCH_PROMPT if request.detailed else SHORT_PROMPT)
-    try:
-        async with asyncio.timeout(context.deadline.remaining()):
-            described = await step(request.image, prompt, policy.caption_sampling, context)
-    except TimeoutError as error:
-        raise DeadlineExceeded("The caption step did not answer before the deadline.") from error
-    if described.usage.image_tokens <= 0:
-        raise UpstreamFailed("The caption step did not show that its model saw the image.", code="image_not_seen")
-    return described
-
-
-async def _enhance(
-    caption: str,
-    request: ChainRequest,
-    context: Context,
-    step: EnhanceStep | None,
-    policy: ChainPolicy,
-) -> Completion:
-    """Enhance within what may be spent. Whatever goes wrong is Unavailable (503), the reason its code."""
+def _prepared(
+    options: ChainOptions, context: Context, step: Step | None, policy: ChainPolicy
+) -> tuple[Step, ReasoningLevel, Sampling, Context]:
+    """The enhance step and what it is asked, with what may be spent of the deadline. Raises Unavailable (503)."""
     if step is None:
-        raise Unavailable("This pipeline has no enhance step.", code="enhancer_not_configured")
+        raise _NotAnswered("This pipeline has no enhance step.", code="enhancer_not_configured")
     seconds = min(policy.enhance_timeout_seconds, context.deadline.remaining() - policy.reserve_seconds)
     if seconds <= 0:
         raise _too_slow()
     within = replace(context, deadline=Deadline.after(seconds))
-    level = request.level or policy.level
+    return step, options.level or policy.level, options.enhance_sampling or policy.enhance_sampling, within
+
+
+@contextmanager
+def _enhancing(context: Context) -> Generator[None]:
+    """Whatever goes wrong is Unavailable (503), the reason its code."""
     try:
-        async with asyncio.timeout(seconds):
-            prose = await step(caption, level, policy.enhance_sampling, within)
+        yield
     except (TimeoutError, DeadlineExceeded) as error:
         raise _too_slow() from error
+    except _NotAnswered:
+        raise
     except SightlineError as error:
         raise _as_unavailable(error) from error
     except Exception as error:  # a bug in the client of a step must not cost the caption either
         logger.exception("enhance step failed unexpectedly request_id=%s", context.request_id)
-        raise Unavailable("The enhancer failed.", code="enhancer_failed") from error
-    if not unwrap(prose.text):
-        raise Unavailable("The enhancer gave no final answer.", code="no_final_answer")
-    return prose
+        raise _NotAnswered("The enhancer failed.", code="enhancer_failed") from error
 
 
-def _too_slow() -> Unavailable:
-    return Unavailable("The enhancer did not answer in time.", code="enhancer_timeout")
+class _NotAnswered(Unavailable):
+    """Unavailable with a reason that is the chain's own, and so needs no translation."""
 
 
-def _as_unavailable(error: SightlineError) -> Unavailable:
+async def _next(pieces: AsyncGenerator[str | Completion], deadline: Deadline) -> str | Completion | None:
+    async with asyncio.timeout(deadline.remaining()):
+        return await anext(pieces, None)
+
+
+def _enhanced(result: ChainResult, prose: Completion, options: ChainOptions) -> ChainResult:
+    """Raises Unavailable (503) when there is nothing in it."""
+    text = unwrap(prose.text)
+    if not text:
+        raise _NotAnswered("The enhancer gave no final answer.", code="no_final_answer")
+    return replace(
+        result,
+        caption=text,
+        original_caption=result.caption,
+        enhanced=True,
+        truncated=result.truncated or prose.finish_reason == "length",
+        steps=(*result.steps, _report("enhance", prose)),
+        added_terms=tuple(added_terms(result.caption, text)) if options.explain else None,
+        demo=result.demo or prose.model.demo,
+    )
+
+
+def _without(result: ChainResult, error: Unavailable, options: ChainOptions) -> ChainResult:
+    """The caption alone, with the reason. Raises the error when that is not enough."""
+    if options.strict:
+        raise error
+    return replace(result, enhancement_error=EnhancementFault(error.code, error.message))
+
+
+def _too_slow() -> _NotAnswered:
+    return _NotAnswered("The enhancer did not answer in time.", code="enhancer_timeout")
+
+
+def _as_unavailable(error: SightlineError) -> _NotAnswered:
     if error.code == "no_final_answer":
-        return Unavailable(error.message, code=error.code)
+        return _NotAnswered(error.message, code=error.code)
     if isinstance(error, Unavailable | QueueFull):
-        return Unavailable(
+        return _NotAnswered(
             "The enhancer is not available now.",
             code="enhancer_unavailable",
             retry_after=error.retry_after,
         )
-    return Unavailable("The enhancer failed.", code="enhancer_failed")
+    return _NotAnswered("The enhancer failed.", code="enhancer_failed")
 
 
 def _report(name: str, completion: Completion) -> StepReport:
@@ -281,18 +399,19 @@ _END_MARKS = tuple(".!?\u2026\u3002\uff01\uff1f")
 _CLOSERS = "\"'\u201d\u2019\u00bb)]"
 
 
-def tidy(caption: str, *, close: bool = True) -> tuple[str, bool]:
+def tidy(caption: str, *, close: bool = True, max_words: int | None = MAX_CAPTION_WORDS) -> tuple[str, bool]:
     """A model's words as one caption: bare, on one line, at most 50 words, closed by a full stop.
 
-    close    add the end mark that a sentence needs. Off for demonstration models, whose captions
-             are exact strings without one, compared word for word with the scene that they
-             describe.
-    returns  the caption, empty when the text holds neither letter nor digit, and whether words were
-             cut
+    close      add the end mark that a sentence needs. Off for demonstration models, whose captions
+               are exact strings without one, compared word for word with the scene that they
+               describe.
+    max_words  None: not a caption, but a text of any length
+    returns    the caption, empty when the text holds neither letter nor digit, and whether words were
+               cut
     """
     words = unwrap(caption).split()
-    is_cut = len(words) > MAX_CAPTION_WORDS
-    text = unwrap(" ".join(words[:MAX_CAPTION_WORDS]))
+    is_cut = max_words is not None and len(words) > max_words
+    text = unwrap(" ".join(words[:max_words]))
     if not any(character.isalnum() for character in text):
         return "", False
     if close and not text.rstrip(_CLOSERS).endswith(_END_MARKS):

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import cast
+from typing import Literal, cast
 
 from PIL import Image, JpegImagePlugin, TiffImagePlugin
 
@@ -180,6 +180,13 @@ def decode(data: bytes, limits: Limits, *, max_width: int | None = None, max_hei
             picture = picture.convert("RGB")
         picture.info = {}
         return picture
+
+
+def encode(picture: Image.Image, kind: Literal["JPEG", "PNG"]) -> bytes:
+    """A decoded picture as a file without metadata. Blocks."""
+    file = BytesIO()
+    picture.save(file, kind, **({"quality": 92} if kind == "JPEG" else {}))
+    return file.getvalue()
 
 
 class Decoder:

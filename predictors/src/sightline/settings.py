@@ -102,6 +102,9 @@ class ServerSettings(ImageSettings):
 
     host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104 - a container's own
     port: int = Field(8080, ge=1, le=65_535)
+    grpc_port: int | None = Field(
+        None, ge=1, le=65_535, description="Port of the V2 gRPC service; KServe's is 8081. None: no gRPC."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
 
@@ -309,8 +312,8 @@ class PipelineSettings(ServerSettings):
     enhance_model: str = Field("enhance", description="Its model name in the routes of its protocol.")
     enhance_protocol: StepProtocol = Field("v2", description="What the enhance step speaks; openai also streams.")
     step_api_key: SecretStr | None = Field(None, description="Key that the two steps want.")
-    describe_api_key: SecretStr | None = Field(None, description="Key of the caption step, where it has one of its own.")
-    enhance_api_key: SecretStr | None = Field(None, description="Key of the enhance step, where it has one of its own.")
+    describe_api_key: SecretStr | None = Field(None, description="Key of the caption step, if it has its own.")
+    enhance_api_key: SecretStr | None = Field(None, description="Key of the enhance step, if it has its own.")
     enhance_by_default: bool = Field(
         True,
         validation_alias=AliasChoices("enhance_by_default", "USE_GPT_OSS"),

@@ -1,6 +1,6 @@
-"""A model behind somebody else's HTTP: one V2 call, bounded in time, size and repetition.
+"""A model behind somebody else's HTTP: one call, bounded in time, size and repetition.
 
-    caption or image ──render_request──▶ POST /v2/models/<m>/infer ──parse_response──▶ Completion
+    caption, image or turns ──dialect──▶ POST ──dialect──▶ Completion, or pieces of text and then the Completion
 
 A call that cannot have started (no connection) or was turned away (502 of a proxy, 503) is repeated
 at most twice while the deadline allows; after the first byte of any other answer it never is. A
@@ -14,23 +14,19 @@ import logging
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
-from urllib.parse import quote
 
 import httpx
 import orjson
 
-from sightline import v2
+from sightline.engines.breaker import CircuitBreaker, Outcome
+from sightline.engines.dialect import Dialect, Outgoing, Spoken, StepMetadata, StepName, as_object
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
-    InternalError,
     InvalidParameter,
-    NotSupported,
-    OutOfMemory,
-    PayloadTooLarge,
     QueueFull,
     SightlineError,
     Unavailable,
@@ -42,16 +38,13 @@ from sightline.wire import (
     Completion,
     Context,
     ImageBytes,
-    ModelInfo,
     ReasoningLevel,
     Sampling,
-    Usage,
+    Turn,
 )
 
 logger = logging.getLogger(__name__)
 
-StepName = Literal["caption", "enhance"]
-Outcome = Literal["answered", "failed", "abandoned"]
 Sleep = Callable[[float], Awaitable[object]]
 
 CONNECT_SECONDS = 3.0
@@ -62,6 +55,8 @@ SPARE_CONNECTIONS = 2
 """For readiness probes, which must not wait behind the calls."""
 
 MAX_RETRIES = 2
+MAX_LESSONS = 6
+"""How often one call is written anew because the server named a parameter that it does not take."""
 BACKOFF_SECONDS = 0.1
 """The first pause; it doubles, and each is spread over 50-150 %."""
 MAX_PAUSE_SECONDS = 1.0
@@ -71,90 +66,6 @@ PATIENCE_SECONDS = 30.0
 """A call that got less time than this and ran out of it says nothing about the health of the step."""
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
-MAX_MESSAGE_CHARACTERS = 500
-
-
-class CircuitBreaker:
-    """Whether a step may be called: closed, open after failures in a row, then half open for one probe.
-
-        closed ──max_failures in a row──▶ open ──open_seconds──▶ half open ──one probe──▶ closed or open
-
-    clock         monotonic seconds
-    max_failures  consecutive failures that open it
-    open_seconds  how long nobody is let through, then one
-
-    Each change of state starts a new generation; outcomes of calls that were admitted in an older
-    one are ignored. For one event loop; it takes no locks.
-    """
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        max_failures: int = 5,
-        open_seconds: float = 5.0,
-    ) -> None:
-        self._clock = clock
-        self._max_failures = max_failures
-        self._open_seconds = open_seconds
-        self._generation = 0
-        self._failures = 0
-        self._opened_at: float | None = None
-        self._is_probing = False
-
-    def admit(self) -> int | None:
-        """A permit for one call, to be handed back to `record`; None while the step is left alone."""
-        if self._opened_at is not None:
-            if self._is_probing or self.retry_after() > 0:
-                return None
-            self._is_probing = True
-        return self._generation
-
-    def record(self, permit: int, outcome: Outcome) -> None:
-        """Say how a call ended. `abandoned` (cancelled, out of time) tells nothing, but frees the probe."""
-        if permit != self._generation:
-            return
-        if outcome == "abandoned":
-            self._is_probing = False
-        elif outcome == "answered":
-            self._failures = 0
-            if self._opened_at is not None:
-                self._turn(opened_at=None)
-        else:
-            self._failures += 1
-            if self._failures >= self._max_failures:
-                self._turn(opened_at=self._clock())
-
-    def retry_after(self) -> float:
-        """Seconds until a call may be let through; 0 when closed."""
-        if self._opened_at is None:
-            return 0.0
-        return max(0.0, self._opened_at + self._open_seconds - self._clock())
-
-    @property
-    def state(self) -> Literal["closed", "open", "half-open"]:
-        """For people and metrics."""
-        if self._opened_at is None:
-            return "closed"
-        return "open" if self.retry_after() > 0 else "half-open"
-
-    def _turn(self, *, opened_at: float | None) -> None:
-        self._generation += 1
-        self._opened_at = opened_at
-        self._is_probing = False
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetadata:
-    """What a step says about itself; None where it does not."""
-
-    model: str | None = None
-    revision: str | None = None
-    demo: bool = False
-    device: str | None = None
-    backend: str | None = None
-    dtype: str | None = None
-    reasoning_level: str | None = None
 
 
 def new_client(max_concurrency: int) -> httpx.AsyncClient:
@@ -172,16 +83,26 @@ def new_client(max_concurrency: int) -> httpx.AsyncClient:
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """A failed attempt. `is_down` counts for the breaker; `may_retry` says that repeating is safe."""
+    """A failed attempt.
+
+    is_down     counts for the breaker
+    may_retry   repeating it is safe
+    has_taught  the dialect will write the same request differently now
+    """
 
     error: SightlineError
     is_down: bool
     may_retry: bool = False
     cause: BaseException | None = None
+    has_taught: bool = False
+
+
+Write = Callable[[], Outgoing]
+"""Writes the request as the dialect knows the server by now."""
 
 
 class RemoteStep:
-    """One model of another process, called by V2. The client stays the caller's to close.
+    """One model of another process. The client stays the caller's to close.
 
     step    its place in the chain; names the codes `caption_step_unavailable`,
             `enhance_step_unavailable`
@@ -191,8 +112,7 @@ class RemoteStep:
 
     def __init__(
         self,
-        base_url: str,
-        model: str,
+        dialect: Dialect,
         api_key: str | None,
         client: httpx.AsyncClient,
         *,
@@ -201,10 +121,10 @@ class RemoteStep:
         sleep: Sleep = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._url = f"{base_url.rstrip('/')}/v2/models/{quote(model, safe='')}"
+        self._dialect = dialect
         self._api_key = api_key
         self._client = client
-        self._step = step
+        self.name: StepName = step
         self.breaker = breaker or CircuitBreaker()
         self._sleep = sleep
         self._jitter = jitter
@@ -216,118 +136,207 @@ class RemoteStep:
         UpstreamFailed (502) on nonsense; Unavailable (503) when it cannot be reached, is not ready
         or is left alone by the breaker; DeadlineExceeded (504).
         """
-        inputs = [v2.Tensor.of_bytes("image", [image.data])]
-        if prompt is not None:
-            inputs.append(v2.Tensor.of_texts("prompt", [prompt]))
-        return await self._infer(inputs, _parameters(sampling), context)
+        return await self._ask(lambda: self._dialect.describing(image, prompt, sampling, context.request_id), context)
 
     async def enhance(self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context) -> Completion:
         """Turn a caption into fuller prose. Raises like `describe`."""
-        inputs = [v2.Tensor.of_texts("text", [caption])]
-        parameters = _parameters(sampling) | {"reasoning_level": level}
-        return await self._infer(inputs, parameters, context)
+        return await self._ask(lambda: self._dialect.enhancing(caption, level, sampling, context.request_id), context)
+
+    def enhance_stream(
+        self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context
+    ) -> AsyncGenerator[str | Completion]:
+        """The same in pieces of text, then the whole; at once the whole where the protocol does not stream."""
+        return self._stream(lambda: self._dialect.enhancing(caption, level, sampling, context.request_id), context)
+
+    async def chat(
+        self, turns: Sequence[Turn], sampling: Sampling, context: Context, level: ReasoningLevel | None = None
+    ) -> Completion:
+        """Answer a conversation whose images are ImageBytes. Raises like `describe`."""
+        return await self._ask(lambda: self._dialect.chatting(turns, sampling, level), context)
+
+    def chat_stream(
+        self, turns: Sequence[Turn], sampling: Sampling, context: Context, level: ReasoningLevel | None = None
+    ) -> AsyncGenerator[str | Completion]:
+        """The same in pieces of text, then the whole."""
+        return self._stream(lambda: self._dialect.chatting(turns, sampling, level), context)
 
     async def is_ready(self, timeout_seconds: float = 1.0) -> bool:
         """Whether the model answers ready now. Never raises."""
-        answer = await self._get("/ready", timeout_seconds)
-        return answer is not None and answer.get("ready", True) is True
+        answer = await self._get(self._dialect.ready_url(), timeout_seconds)
+        return answer is not None and self._dialect.is_ready(*answer)
 
     async def metadata(self, timeout_seconds: float = 1.0) -> StepMetadata | None:
         """What the model says about itself; None when it does not answer. Never raises."""
-        answer = await self._get("", timeout_seconds)
-        if answer is None:
+        answer = await self._get(self._dialect.metadata_url(), timeout_seconds)
+        if answer is None or answer[0] != 200 or (said := as_object(answer[1])) is None:
             return None
-        said = _object(answer.get("parameters")) or {}
-        return StepMetadata(
-            model=_text(said.get("model")),
-            revision=_text(said.get("model_revision")),
-            demo=said.get("demo_model") is True,
-            device=_text(said.get("device")),
-            backend=_text(said.get("backend")),
-            dtype=_text(said.get("dtype")),
-            reasoning_level=_text(said.get("reasoning_level")),
-        )
+        return self._dialect.metadata(said)
 
-    async def _infer(self, inputs: list[v2.Tensor], parameters: dict[str, v2.Scalar], context: Context) -> Completion:
-        request = v2.InferRequest(tuple(inputs), parameters, id=context.request_id)
-        body, header_length = v2.render_request(request)
-        retry = 0
+    # --- the whole answer ----------------------------------------------------------------------
+
+    async def _ask(self, write: Write, context: Context) -> Completion:
+        tries = _Tries()
         while True:
             context.deadline.check()
-            outcome = await self._attempt(body, header_length, context)
+            outcome = await self._attempt(write(), context)
             if isinstance(outcome, Completion):
                 return outcome
-            pause = max(BACKOFF_SECONDS * 2**retry * (0.5 + self._jitter()), outcome.error.retry_after or 0)
-            is_last = retry == MAX_RETRIES or not outcome.may_retry or self.breaker.retry_after() > 0
-            if is_last or pause > MAX_PAUSE_SECONDS or pause >= context.deadline.remaining():
-                raise outcome.error from outcome.cause
-            retry += 1
-            logger.info(
-                "retry step=%s number=%d pause_ms=%.0f code=%s request_id=%s",
-                self._step,
-                retry,
-                pause * 1000,
-                outcome.error.code,
-                context.request_id,
-            )
-            await self._sleep(pause)
+            await self._pause(outcome, tries, context)
 
-    async def _attempt(self, body: bytes, header_length: int | None, context: Context) -> Completion | _Fault:
-        """One call, and its outcome told to the breaker, whichever way it ends."""
-        permit = self.breaker.admit()
-        if permit is None:
-            return _Fault(self._unavailable(retry_after=self.breaker.retry_after() or 1.0), False)
-        given = context.deadline.remaining()
-        outcome: Outcome = "abandoned"
-        try:
-            async with asyncio.timeout(given):
-                answer = await self._post(body, header_length, context)
-            is_down = isinstance(answer, _Fault) and answer.is_down
-            outcome = "failed" if is_down else "answered"
+    async def _attempt(self, outgoing: Outgoing, context: Context) -> Completion | _Fault:
+        async with self._admitted(context) as call:
+            if isinstance(call, _Fault):
+                return call
+            try:
+                async with asyncio.timeout(context.deadline.remaining()):
+                    answer = await self._post(outgoing, context)
+            except TimeoutError as error:
+                return self._late(error)
+            call.outcome = "failed" if isinstance(answer, _Fault) and answer.is_down else "answered"
             return answer
-        except TimeoutError as error:
-            return _Fault(
-                DeadlineExceeded(f"The {self._step} step did not answer before the deadline."),
-                is_down=False,
-                cause=error,
-            )
-        finally:
-            is_late = outcome == "abandoned" and context.deadline.remaining() <= 0
-            before = self.breaker.state
-            self.breaker.record(permit, "failed" if is_late and given >= PATIENCE_SECONDS else outcome)
-            if (after := self.breaker.state) != before:
-                logger.warning("breaker step=%s from=%s to=%s", self._step, before, after)
 
-    async def _post(self, body: bytes, header_length: int | None, context: Context) -> Completion | _Fault:
+    async def _post(self, outgoing: Outgoing, context: Context) -> Completion | _Fault:
         """Send once and read the whole answer; the caller bounds the time of all of it."""
         response: httpx.Response | None = None
+        started = time.monotonic()
         try:
-            async with self._client.stream(
-                "POST",
-                f"{self._url}/infer",
-                content=body,
-                headers=self._headers(context, header_length),
-                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            ) as response:
+            async with self._sent(outgoing, context) as response:
                 content = await _read(response)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            return _Fault(self._unavailable(), is_down=True, may_retry=True, cause=error)
         except httpx.HTTPError as error:
-            failure = self._nonsense() if response is not None else self._unavailable()
-            return _Fault(failure, is_down=True, cause=error)
+            return self._broken(error, has_answer=response is not None)
         if response.status_code != 200 or content is None:
             return self._refusal(response, content)
         try:
-            return _completion(content, response.headers.get(v2.HEADER_LENGTH))
+            milliseconds = round((time.monotonic() - started) * 1000, 1)
+            return self._dialect.completion(content, response.headers, milliseconds)
+        except InvalidParameter as error:  # it answered, and had no answer to this
+            return _Fault(error, is_down=False)
         except (BadRequest, TypeError, ValueError, RecursionError) as error:  # whatever a stranger may send
             return _Fault(self._nonsense(), is_down=True, cause=error)
 
-    def _headers(self, context: Context, header_length: int | None) -> dict[str, str]:
+    # --- in pieces -----------------------------------------------------------------------------
+
+    async def _stream(self, write: Write, context: Context) -> AsyncGenerator[str | Completion]:
+        if not self._dialect.is_streaming:
+            yield await self._ask(write, context)
+            return
+        tries = _Tries()
+        while True:
+            context.deadline.check()
+            fault: _Fault | None = None
+            async with aclosing(self._stream_once(self._dialect.streamed(write()), context)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, _Fault):
+                        fault = piece
+                    else:
+                        yield piece
+            if fault is None:
+                return
+            await self._pause(fault, tries, context)
+
+    async def _stream_once(self, outgoing: Outgoing, context: Context) -> AsyncGenerator[str | Completion | _Fault]:
+        """One call: pieces and the completion; or a fault alone. What goes wrong after a piece is raised."""
+        async with self._admitted(context) as call:
+            if isinstance(call, _Fault):
+                yield call
+                return
+            has_shown = False
+            async with aclosing(self._pieces(outgoing, context)) as pieces:
+                while True:
+                    try:
+                        async with asyncio.timeout(context.deadline.remaining()):
+                            piece = await anext(pieces)
+                    except StopAsyncIteration:
+                        return
+                    except TimeoutError as error:
+                        piece = self._late(error)
+                    else:
+                        if isinstance(piece, _Fault):
+                            call.outcome = "failed" if piece.is_down else "answered"
+                        elif isinstance(piece, Completion):
+                            call.outcome = "answered"
+                    if isinstance(piece, _Fault) and has_shown:
+                        raise piece.error from piece.cause
+                    has_shown = True
+                    yield piece
+                    if isinstance(piece, _Fault):
+                        return
+
+    async def _pieces(self, outgoing: Outgoing, context: Context) -> AsyncGenerator[str | Completion | _Fault]:
+        """Send once and read the events; ends after a completion or a fault."""
+        response: httpx.Response | None = None
+        started = time.monotonic()
+        assembly = self._dialect.assembly()
+        try:
+            async with self._sent(outgoing, context) as response:
+                if response.status_code != 200:
+                    yield self._refusal(response, await _read(response))
+                    return
+                async with aclosing(_events(response)) as events:
+                    async for event in events:
+                        if text := assembly.feed(event):
+                            yield text
+            yield assembly.completion(round((time.monotonic() - started) * 1000, 1))
+        except httpx.HTTPError as error:
+            yield self._broken(error, has_answer=response is not None)
+        except InvalidParameter as error:
+            yield _Fault(error, is_down=False)
+        except (BadRequest, TypeError, ValueError, RecursionError) as error:
+            yield _Fault(self._nonsense(), is_down=True, cause=error)
+
+    # --- around one call -----------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _admitted(self, context: Context) -> AsyncGenerator["_Call | _Fault"]:
+        """Leave of the breaker for one call, which is told its outcome, whichever way it ends."""
+        permit = self.breaker.admit()
+        if permit is None:
+            yield _Fault(self._unavailable(retry_after=self.breaker.retry_after() or 1.0), False)
+            return
+        given = context.deadline.remaining()
+        call = _Call()
+        try:
+            yield call
+        finally:
+            is_late = call.outcome == "abandoned" and context.deadline.remaining() <= 0
+            before = self.breaker.state
+            self.breaker.record(permit, "failed" if is_late and given >= PATIENCE_SECONDS else call.outcome)
+            if (after := self.breaker.state) != before:
+                logger.warning("breaker step=%s from=%s to=%s", self.name, before, after)
+
+    def _sent(self, outgoing: Outgoing, context: Context) -> AbstractAsyncContextManager[httpx.Response]:
+        return self._client.stream(
+            "POST",
+            outgoing.url,
+            content=outgoing.body,
+            headers={**self._headers(context), **outgoing.headers},
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+        )
+
+    async def _pause(self, fault: _Fault, tries: "_Tries", context: Context) -> None:
+        """Wait before the next attempt. Raises the fault's error when there is to be none."""
+        if fault.has_taught and tries.lessons < MAX_LESSONS:
+            tries.lessons += 1
+            return
+        pause = max(BACKOFF_SECONDS * 2**tries.retries * (0.5 + self._jitter()), fault.error.retry_after or 0)
+        is_last = tries.retries == MAX_RETRIES or not fault.may_retry or self.breaker.retry_after() > 0
+        if is_last or pause > MAX_PAUSE_SECONDS or pause >= context.deadline.remaining():
+            raise fault.error from fault.cause
+        tries.retries += 1
+        logger.info(
+            "retry step=%s number=%d pause_ms=%.0f code=%s request_id=%s",
+            self.name,
+            tries.retries,
+            pause * 1000,
+            fault.error.code,
+            context.request_id,
+        )
+        await self._sleep(pause)
+
+    def _headers(self, context: Context) -> dict[str, str]:
         milliseconds = max(1, int(context.deadline.remaining() * 1000))
         headers = {
-            "content-type": "application/octet-stream",
             "accept-encoding": "identity",
-            v2.HEADER_LENGTH: str(header_length),
             REQUEST_ID_HEADER: _printable(context.request_id),
             TIMEOUT_HEADER: str(milliseconds),
         }
@@ -336,37 +345,45 @@ class RemoteStep:
         return headers | self._key()
 
     def _key(self) -> dict[str, str]:
-        return {} if self._api_key is None else {"x-api-key": self._api_key}
+        return {} if self._api_key is None else dict(self._dialect.key(self._api_key))
+
+    # --- what went wrong -----------------------------------------------------------------------
 
     def _refusal(self, response: httpx.Response, content: bytes | None) -> _Fault:
         """What an answer other than 200 means.
 
-        A body with a `code` was said by the predictor itself, about this request; without one it
-        comes from something in between. So a 502 or 504 with a code is an answer, and one without
-        is an outage.
+        A body with a `code` was said by the model itself, about this request; without one it comes from something in
+        between. So a 502 or 504 with a code is an answer, and one without is an outage.
         """
         status = response.status_code
-        code, message = _spoken(content)
+        spoken = self._dialect.spoken(status, content) if content is not None else Spoken()
         retry_after = _seconds(response.headers.get("retry-after"))
-        sentence = message if code else f"The {self._step} step refused the request."
         if status == 503:
-            down = self._unavailable(message if code else None, code=code, retry_after=retry_after)
+            down = self._unavailable(spoken.sentence, code=spoken.code, retry_after=retry_after)
             return _Fault(down, is_down=True, may_retry=True)
         if status == 429:
-            busy = f"The {self._step} step has too many requests waiting."
-            return _Fault(QueueFull(busy, code=code, retry_after=retry_after or 1.0), is_down=False)
-        if status in {401, 403, 404, 405}:
-            return _Fault(
-                UpstreamFailed(
-                    f"The {self._step} step does not know this gateway's key or model name.",
-                    code=f"{self._step}_step_misconfigured",
-                ),
-                is_down=False,
-            )
-        if (code or status < 500) and (known := _BY_STATUS.get(status)):
-            error = known(sentence, code=code, retry_after=retry_after)
+            busy = f"The {self.name} step has too many requests waiting."
+            return _Fault(QueueFull(busy, code=spoken.code, retry_after=retry_after or 1.0), is_down=False)
+        if status in _MISCONFIGURED:
+            return _Fault(self._misconfigured(status), is_down=False)
+        if content is not None and self._dialect.learns(status, content):
+            return _Fault(self._nonsense(), is_down=False, has_taught=True)
+        if (error := self._dialect.fault(status, spoken, self.name)) is not None:
+            error.retry_after = retry_after
             return _Fault(error, is_down=status == 500)
         return _Fault(self._nonsense(), is_down=status >= 500 or status == 200, may_retry=status == 502)
+
+    def _misconfigured(self, status: int) -> UpstreamFailed:
+        return UpstreamFailed(f"The {self.name} step {_MISCONFIGURED[status]}.", code=f"{self.name}_step_misconfigured")
+
+    def _broken(self, error: httpx.HTTPError, *, has_answer: bool) -> _Fault:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return _Fault(self._unavailable(), is_down=True, may_retry=True, cause=error)
+        return _Fault(self._nonsense() if has_answer else self._unavailable(), is_down=True, cause=error)
+
+    def _late(self, cause: TimeoutError) -> _Fault:
+        error = DeadlineExceeded(f"The {self.name} step did not answer before the deadline.")
+        return _Fault(error, is_down=False, cause=cause)
 
     def _unavailable(
         self,
@@ -376,42 +393,48 @@ class RemoteStep:
         retry_after: float | None = None,
     ) -> Unavailable:
         return Unavailable(
-            message or f"The {self._step} step cannot be reached now.",
-            code=code or f"{self._step}_step_unavailable",
+            message or f"The {self.name} step cannot be reached now.",
+            code=code or f"{self.name}_step_unavailable",
             retry_after=retry_after,
         )
 
     def _nonsense(self) -> UpstreamFailed:
-        return UpstreamFailed(f"The {self._step} step gave an answer that makes no sense.")
+        return UpstreamFailed(f"The {self.name} step gave an answer that makes no sense.")
 
-    async def _get(self, path: str, timeout_seconds: float) -> Mapping[str, object] | None:
-        """The JSON object at a path of the model; None on anything else than 200. Never raises."""
+    async def _get(self, url: str, timeout_seconds: float) -> tuple[int, object] | None:
+        """Status and JSON at an address; None when there is no answer, or no JSON. Never raises."""
         try:
             async with (
                 asyncio.timeout(timeout_seconds),
-                self._client.stream("GET", self._url + path, headers=self._key()) as response,
+                self._client.stream("GET", url, headers=self._key()) as response,
             ):
                 content = await _read(response)
-            if response.status_code != 200 or content is None:
+            if content is None:
                 return None
-            answer: object = orjson.loads(content or b"{}")
+            answer: object = orjson.loads(content or b"{}") if response.status_code == 200 else None
         except (httpx.HTTPError, TimeoutError, orjson.JSONDecodeError):
             return None
-        return _object(answer)
+        return response.status_code, answer
 
 
-_BY_STATUS: Mapping[int, type[SightlineError]] = {
-    kind.status: kind
-    for kind in (
-        BadRequest,
-        PayloadTooLarge,
-        InvalidParameter,
-        InternalError,
-        NotSupported,
-        UpstreamFailed,
-        DeadlineExceeded,
-        OutOfMemory,
-    )
+@dataclass(slots=True)
+class _Call:
+    """An admitted call; `outcome` is set when it is known."""
+
+    outcome: Outcome = "abandoned"
+
+
+@dataclass(slots=True)
+class _Tries:
+    retries: int = 0
+    lessons: int = 0
+
+
+_MISCONFIGURED: Mapping[int, str] = {
+    401: "refuses this gateway's key",
+    403: "refuses this gateway's key",
+    404: "does not know this gateway's model name",
+    405: "does not speak this gateway's protocol",
 }
 
 
@@ -427,83 +450,33 @@ async def _read(response: httpx.Response) -> bytes | None:
     return bytes(content)
 
 
-def _parameters(sampling: Sampling) -> dict[str, v2.Scalar]:
-    parameters: dict[str, v2.Scalar] = {
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-    }
-    if sampling.seed is not None:
-        parameters["seed"] = sampling.seed
-    return parameters
-
-
-def _completion(content: bytes, header_length: str | None) -> Completion:
-    """Read a V2 answer. Raises BadRequest, TypeError or ValueError when it is none of ours."""
-    response = v2.parse_response(content, header_length)
-    output = response.output("text")
-    if output is None:
-        raise ValueError("no output 'text'")
-    (text,) = output.texts()
-    said = response.parameters
-    model, revision = said.get("model"), said.get("model_revision")
-    if not isinstance(model, str) or not isinstance(revision, str):
-        raise ValueError("no model or revision")
-    reason = said.get("finish_reason", "stop")
-    if reason not in ("stop", "length"):
-        raise ValueError("unknown finish_reason")
-    milliseconds = said.get("milliseconds", 0)
-    return Completion(
-        text=text,
-        finish_reason=reason,
-        usage=Usage(
-            prompt_tokens=_count(said.get("prompt_tokens")),
-            completion_tokens=_count(said.get("completion_tokens")),
-            image_tokens=_count(said.get("image_tokens")),
-            reasoning_tokens=_count(said.get("reasoning_tokens")),
-        ),
-        model=ModelInfo(model, revision, demo=said.get("demo_model") is True),
-        milliseconds=float(milliseconds),
-    )
-
-
-def _count(value: object) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError("not a number of tokens")
-    return value
-
-
-def _spoken(content: bytes | None) -> tuple[str | None, str]:
-    """Code and message of a V2 error body of ours; no code for anybody else's."""
-    try:
-        body: object = orjson.loads(content or b"")
-    except orjson.JSONDecodeError:
-        return None, ""
-    fields = _object(body) or {}
-    code, message = fields.get("code"), fields.get("error")
-    if isinstance(code, str) and isinstance(message, str) and _CODE.fullmatch(code):
-        return code, message[:MAX_MESSAGE_CHARACTERS]
-    return None, ""
-
-
-_CODE = re.compile(r"[a-z0-9_]{1,64}")
+async def _events(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """The data of each server-sent event, up to `[DONE]`. Raises ValueError when they are too much, or packed."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise ValueError("packed although we asked for it plain")
+    taken, rest = 0, b""
+    async for chunk in response.aiter_bytes():
+        taken += len(chunk)
+        if taken > MAX_ANSWER_BYTES:
+            raise ValueError("larger than any answer")
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            yield data
 
 
 def _seconds(value: str | None) -> float | None:
     """Retry-After in seconds; the form with a date is not ours and counts as absent."""
-    return float(value) if value is not None and value.isascii() and value.isdigit() else None
+    return float(value) if value is not None and _NUMBER.fullmatch(value) else None
+
+
+_NUMBER = re.compile(r"\d{1,6}(?:\.\d{1,6})?", re.ASCII)
 
 
 def _printable(value: str) -> str:
     """A client's text as a header value; an odd character must not fail the call."""
     return re.sub(r"[^\x21-\x7e]", "?", value)
-
-
-def _object(value: object) -> Mapping[str, object] | None:
-    return cast("Mapping[str, object]", value) if isinstance(value, dict) else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None

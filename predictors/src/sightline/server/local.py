@@ -1,6 +1,8 @@
 """A step of the chain that is served beside the gateway, in the same process: the model's own queue instead of HTTP."""
 
-from sightline.engines.remote import StepMetadata
+from collections.abc import AsyncGenerator
+
+from sightline.engines.dialect import StepMetadata
 from sightline.server.model import PredictorModel
 from sightline.v2 import Scalar
 from sightline.wire import (
@@ -27,6 +29,11 @@ class LocalStep:
     async def enhance(self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context) -> Completion:
         (completion,) = await self._model.run([EnhanceRequest(caption, level, sampling)], context)
         return completion
+
+    def enhance_stream(
+        self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context
+    ) -> AsyncGenerator[str | Completion]:
+        return self._model.stream(EnhanceRequest(caption, level, sampling), context)
 
     async def is_ready(self, timeout_seconds: float = 1.0) -> bool:
         return await self._model.healthy()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from sightline.engines.breaker import CircuitBreaker
 from sightline.wire import Completion
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)
@@ -18,6 +19,7 @@ REQUEST_SECONDS = Histogram(
 )
 IN_FLIGHT = Gauge("sightline_items_in_flight", "Items queued or running.", ["model_name"])
 LOAD_SECONDS = Gauge("sightline_load_seconds", "Time the model took to load.", ["model_name"])
+BREAKER = Gauge("sightline_breaker_state", "0 closed, 1 half-open, 2 open.", ["model_name", "step"])
 TOKENS = Counter("sightline_tokens_total", "Tokens by kind.", ["model_name", "kind"])
 
 
@@ -30,6 +32,14 @@ def in_flight(model_name: str, items: int) -> Generator[None]:
         yield
     finally:
         gauge.dec(items)
+
+
+def watch_breaker(model_name: str, step: str, breaker: CircuitBreaker) -> None:
+    """Tell the state of a step's breaker whenever it is asked for."""
+    BREAKER.labels(model_name, step).set_function(lambda: _BREAKER_STATES.index(breaker.state))
+
+
+_BREAKER_STATES = ("closed", "half-open", "open")
 
 
 def observe(model_name: str, results: Sequence[object]) -> None:

@@ -15,9 +15,17 @@ from sightline.server import metrics
 from sightline.services.base import ChatService, Service
 from sightline.services.blip import BlipService
 from sightline.services.describe import DescribeService
+from sightline.services.embed import EmbedService
 from sightline.services.enhance import EnhanceService
 from sightline.services.pipeline import PipelineService
-from sightline.settings import BlipSettings, DescribeSettings, EnhanceSettings, PipelineSettings, ServerSettings
+from sightline.settings import (
+    BlipSettings,
+    DescribeSettings,
+    EmbedSettings,
+    EnhanceSettings,
+    PipelineSettings,
+    ServerSettings,
+)
 from sightline.wire import Completion, Context
 
 log = logging.getLogger("sightline.server")
@@ -134,7 +142,7 @@ class PredictorModel(Model):
         self.check_loaded()
         service = cast("ChatService[Any]", self.service)
         with self._admission.admit(1), metrics.in_flight(self.name, 1):
-            async with aclosing(cast("AsyncGenerator[str | Completion]", service.stream(request, context))) as parts:
+            async with aclosing(service.stream(request, context)) as parts:
                 async for part in parts:
                     if isinstance(part, Completion):
                         metrics.observe(self.name, [part])
@@ -189,18 +197,31 @@ class BlipModel(PredictorModel):
         super().__init__(BlipService(settings), settings)
 
 
+class EmbedModel(PredictorModel):
+    """ColQwen2.5."""
+
+    settings_type = EmbedSettings
+
+    def __init__(self, settings: EmbedSettings) -> None:
+        super().__init__(EmbedService(settings), settings)
+
+
 class PipelineModel(PredictorModel):
     """The gateway in front of the two."""
 
     settings_type = PipelineSettings
 
     def __init__(self, settings: PipelineSettings, **steps: Any) -> None:  # noqa: ANN401 - steps of this process
-        super().__init__(PipelineService(settings, **steps), settings)
+        service = PipelineService(settings, **steps)
+        super().__init__(service, settings)
+        for step, breaker in service.breakers.items():
+            metrics.watch_breaker(self.name, step, breaker)
 
 
 MODELS: dict[str, type[PredictorModel]] = {
     "describe": DescribeModel,
     "enhance": EnhanceModel,
+    "embed": EmbedModel,
     "blip": BlipModel,
     "pipeline": PipelineModel,
 }

@@ -15,7 +15,6 @@ from typing import Any, cast
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from sightline import chain
 from sightline.errors import BadRequest, InternalError, NotFound, SightlineError
@@ -24,6 +23,7 @@ from sightline.server.protocols import beside_the_loop, decompressed
 from sightline.server.rendering import error_body, openai_error, translate
 from sightline.services.base import ChatService, Json, context_of
 from sightline.services.bodies import json_response
+from sightline.services.events import EventStream
 from sightline.sources import parse_source
 from sightline.wire import (
     MAX_IMAGES_PER_PROMPT,
@@ -140,7 +140,7 @@ class OpenAI:
         parts = model.stream(asked, context)
         first = await anext(parts)  # what goes wrong until now gets a status of its own
         fault: Callable[[Exception], Json] = lambda error: _fault(error, request.url.path, context)  # noqa: E731
-        return _EventStream(_events(head, first, parts, fault, includes_usage=chat.includes_usage))
+        return EventStream(_events(head, first, parts, fault, includes_usage=chat.includes_usage))
 
     def _model(self, name: str) -> PredictorModel:
         model = self._models.get(name)
@@ -160,27 +160,10 @@ def _completion(result: object) -> Completion:
     if isinstance(result, Completion):
         return result
     if isinstance(result, chain.ChainResult):
-        return _of_chain(result)
+        return chain.as_completion(result)
     if isinstance(result, SightlineError):  # the fate of one item where others could have gone well
         raise result
     raise TypeError(f"a {type(result).__name__} is no answer to a conversation")
-
-
-def _of_chain(result: chain.ChainResult) -> Completion:
-    """The last text, and the tokens and the time of all steps together."""
-    image_tokens = [step.image_tokens for step in result.steps if step.image_tokens is not None]
-    return Completion(
-        text=result.caption,
-        finish_reason="length" if result.truncated else "stop",
-        usage=Usage(
-            prompt_tokens=sum(step.prompt_tokens for step in result.steps),
-            completion_tokens=sum(step.completion_tokens for step in result.steps),
-            image_tokens=sum(image_tokens) if image_tokens else None,
-            reasoning_tokens=sum(step.reasoning_tokens for step in result.steps),
-        ),
-        model=result.model,
-        milliseconds=sum(step.milliseconds for step in result.steps),
-    )
 
 
 def _answer(head: Json, completion: Completion) -> Json:
@@ -270,27 +253,6 @@ def _fault(error: Exception, path: str, context: Context) -> Json:
     else:
         log.warning("%s in a stream request_id=%s: %s", known.code, context.request_id, known.message)
     return error_body(path, known, context.request_id)
-
-
-class _EventStream(Response):
-    """A response of server-sent events that closes its source, whichever way it ends.
-
-    The guard cancels it when the client leaves; Starlette's StreamingResponse would leave the source to the collector.
-    """
-
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(
-            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        )
-        del self.headers["content-length"]
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

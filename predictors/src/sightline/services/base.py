@@ -19,6 +19,7 @@ from sightline.wire import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_SEQUENCES,
     MAX_TOKENS_CEILING,
+    PRESETS,
     Completion,
     Context,
     ImageS3,
@@ -234,6 +235,15 @@ def prompt_of(value: object, name: str = "prompt") -> str | None:
     if len(value) > MAX_PROMPT_CHARACTERS:
         raise InvalidParameter(f"{name} must have at most {MAX_PROMPT_CHARACTERS} characters.")
     return value if value.strip() else None
+
+
+def preset_of(value: object) -> str | None:
+    """The name of a prompt of ours; None when absent or blank. Raises InvalidParameter (422) on an unknown one."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or value not in PRESETS:
+        raise InvalidParameter(f"preset must be one of {', '.join(PRESETS)}.")
+    return value
 
 
 def instances_of(body: Mapping[str, object]) -> Sequence[object]:

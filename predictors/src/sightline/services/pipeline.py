@@ -1,25 +1,36 @@
-"""Contract D: the gateway, caption then enhance, as KServe model and as `POST /caption` (with E's upload shape)."""
+"""Contract D: the gateway, caption then enhance, as KServe model and as `POST /caption` (with E's upload shape).
+
+`POST /caption` with `Accept: text/event-stream` answers as it goes: `caption` as soon as there is one, then the pieces
+of its enhancement (`enhancement.delta`, where the step streams), then `done` with the whole answer, or `error`.
+"""
 
 import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import httpx
 import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr
 
 from sightline import chain, images, v2
-from sightline.engines.remote import RemoteStep, StepMetadata, StepName, new_client
+from sightline.chain import ChainOptions, ChainPolicy, ChainResult, as_completion
+from sightline.engines.breaker import CircuitBreaker
+from sightline.engines.dialect import StepMetadata, StepName
+from sightline.engines.remote import RemoteStep, new_client
+from sightline.engines.remote_openai import OpenAI
+from sightline.engines.remote_v2 import V2
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
     InvalidParameter,
+    Unavailable,
 )
 from sightline.services.base import (
     Json,
@@ -31,22 +42,29 @@ from sightline.services.base import (
     images_of,
     instances_of,
     level_of,
+    preset_of,
     prompt_of,
     reject_unknown_inputs,
+    s3_source,
+    sampling_of,
     spread,
     together,
 )
 from sightline.services.bodies import json_response, read_body
-from sightline.settings import PipelineSettings
+from sightline.services.events import event, streaming, wants_events
+from sightline.settings import PipelineSettings, StepProtocol
 from sightline.sources import Sources, parse_source
 from sightline.wire import (
+    MAX_TOKENS_CEILING,
+    PRESETS,
+    Completion,
     Context,
     ImageBytes,
     ImagePath,
-    ImageS3,
     ImageSource,
     ReasoningLevel,
     Sampling,
+    Turn,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,33 +92,42 @@ class Step(Protocol):
     async def metadata(self, timeout_seconds: float = ...) -> StepMetadata | None: ...
 
 
+class CaptionStep(Step, Protocol):
+    """A step that describes; see `RemoteStep`."""
+
+    async def describe(
+        self, image: ImageBytes, prompt: str | None, sampling: Sampling, context: Context
+    ) -> Completion: ...
+
+
+class EnhanceStep(Step, Protocol):
+    """A step that enhances; see `RemoteStep`."""
+
+    async def enhance(
+        self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context
+    ) -> Completion: ...
+
+    def enhance_stream(
+        self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context
+    ) -> AsyncGenerator[str | Completion]: ...
+
+
+NO_OPTIONS = ChainOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineRequest:
-    """One image, wherever it is, and what is asked of the chain. See `chain.ChainRequest`."""
+    """One image, wherever it is, and what is asked of the chain.
+
+    tells_steps  of a stream: give the results of the chain as they are (`chain.stream`), not only the text
+    """
 
     image: ImageSource
-    prompt: str | None = None
-    detailed: bool = True
-    enhance: bool | None = None
-    level: ReasoningLevel | None = None
-    strict: bool = False
-    explain: bool = False
-
-    def fetched(self, data: bytes) -> chain.ChainRequest:
-        """The request of the chain, with the bytes in hand."""
-        filename = self.image.filename if isinstance(self.image, ImageBytes) else None
-        return chain.ChainRequest(
-            image=ImageBytes(data, filename),
-            prompt=self.prompt,
-            detailed=self.detailed,
-            enhance=self.enhance,
-            level=self.level,
-            strict=self.strict,
-            explain=self.explain,
-        )
+    options: ChainOptions = NO_OPTIONS
+    tells_steps: bool = False
 
 
-Prepared = tuple[chain.ChainRequest, ...]
+Prepared = tuple[tuple[ImageBytes, ChainOptions], ...]
 
 
 class PipelineService:
@@ -119,8 +146,8 @@ class PipelineService:
         settings: PipelineSettings,
         *,
         sources: Fetcher | None = None,
-        caption: RemoteStep | None = None,
-        enhance: RemoteStep | None = None,
+        caption: CaptionStep | None = None,
+        enhance: EnhanceStep | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -128,18 +155,36 @@ class PipelineService:
         self._settings = settings
         self._sources: Fetcher = sources or Sources(settings)
         self._limits = images.Limits.from_settings(settings)
-        key = settings.step_api_key.get_secret_value() if settings.step_api_key else None
+        self._decoder = images.Decoder(self._limits, threads=settings.decode_threads)
         self._clients: list[httpx.AsyncClient] = []  # one pool a step: a slow enhancer must not starve the captions
+        self.breakers: dict[StepName, CircuitBreaker] = {}
 
-        def remote(url: str, model: str, step: StepName) -> RemoteStep:
+        def remote(step: StepName, protocol: StepProtocol, url: str, model: str, key: SecretStr | None) -> RemoteStep:
             self._clients.append(new_client(settings.max_concurrency))
-            return RemoteStep(url, model, key, self._clients[-1], step=step)
+            dialect = OpenAI(url, model) if protocol == "openai" else V2(url, model)
+            key = key or settings.step_api_key
+            made = RemoteStep(dialect, key.get_secret_value() if key else None, self._clients[-1], step=step)
+            self.breakers[step] = made.breaker
+            return made
 
-        self._caption = caption or remote(settings.describe_url, settings.describe_model, "caption")
+        self._caption = caption or remote(
+            "caption",
+            settings.describe_protocol,
+            settings.describe_url,
+            settings.describe_model,
+            settings.describe_api_key,
+        )
         if enhance is None and settings.enhance_url is not None:
-            enhance = remote(settings.enhance_url, settings.enhance_model, "enhance")
+            enhance = remote(
+                "enhance",
+                settings.enhance_protocol,
+                settings.enhance_url,
+                settings.enhance_model,
+                settings.enhance_api_key,
+            )
         self._enhance = enhance
-        self._policy = chain.ChainPolicy(
+        self._is_foreign = caption is None and settings.describe_protocol == "openai"
+        self._policy = ChainPolicy(
             enhance_by_default=settings.enhance_by_default,
             level=settings.reasoning_level,
             enhance_timeout_seconds=settings.enhance_timeout_seconds,
@@ -166,10 +211,7 @@ class PipelineService:
         for client in self._clients:
             await client.aclose()
         await self._sources.aclose()
-
-    async def is_healthy(self) -> bool:
-        """Whether the caption step is ready now; at most two seconds old. Never raises."""
-        return bool((await self._health.now())["ok"])
+        self._decoder.close()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What the model's V2 metadata says beside its tensors, as the steps last said it."""
@@ -179,43 +221,105 @@ class PipelineService:
         """Fetch every image and check its header. Raises 4xx before a model is asked; 504 when it takes too long."""
         return tuple(await together([self._fetch(request, context) for request in requests]))
 
-    async def predict(self, prepared: Prepared, context: Context) -> list[chain.ChainResult]:
+    async def predict(self, prepared: Prepared, context: Context) -> list[ChainResult]:
         """Run the chains together, at most `max_concurrency` of all calls at once; the first failure ends the rest."""
-        return await together([self._chain(request, context) for request in prepared])
+        return await together([self._chain(image, options, context) for image, options in prepared])
 
-    async def _fetch(self, request: PipelineRequest, context: Context) -> chain.ChainRequest:
+    async def _fetch(self, request: PipelineRequest, context: Context) -> tuple[ImageBytes, ChainOptions]:
         async with _turn(self._fetching, context):
             try:
                 async with asyncio.timeout(context.deadline.remaining()):
                     data = await self._sources.fetch(request.image)
+                    data = await self._fit(data)
             except TimeoutError as error:
                 raise DeadlineExceeded("The image did not arrive before the deadline.") from error
-            await asyncio.to_thread(images.probe, data, self._limits)
-        return request.fetched(data)
+        filename = request.image.filename if isinstance(request.image, ImageBytes) else None
+        return ImageBytes(data, filename), request.options
 
-    async def _chain(self, request: chain.ChainRequest, context: Context) -> chain.ChainResult:
+    async def _fit(self, data: bytes) -> bytes:
+        """What the caption step is sent: the bytes as they came, once their header is checked.
+
+        A stranger's step gets a small JPEG or PNG drawn anew: it need not know TIFF, what it sees costs by the pixel,
+        and where a photograph was taken (EXIF) is none of its business.
+        """
+        if not self._is_foreign:
+            await asyncio.to_thread(images.probe, data, self._limits)
+            return data
+        width = self._settings.describe_max_width
+        picture = await self._decoder.decode(data, max_width=width, max_height=2 * width)
+        kind = "JPEG" if images.media_type(data) in ("image/jpeg", "image/webp") else "PNG"
+        return await asyncio.to_thread(images.encode, picture, kind)
+
+    async def _chain(self, image: ImageBytes, options: ChainOptions, context: Context) -> ChainResult:
         async with _turn(self._running, context):
             result = await chain.run(
-                request,
+                image,
+                options,
                 context,
                 caption=self._caption.describe,
                 enhance=self._enhance.enhance if self._enhance else None,
                 policy=self._policy,
             )
-        if result.enhancement_error is not None:
-            logger.warning(
-                "caption returned without enhancement code=%s request_id=%s",
-                result.enhancement_error.code,
-                context.request_id,
-            )
-        return result
+        return _logged(result, context)
+
+    # --- conversations and streams -----------------------------------------------------------------------------------
+
+    def from_chat(self, turns: Sequence[Turn], options: Mapping[str, object]) -> PipelineRequest:
+        """One image, and what the client says about it as the caption's prompt."""
+        if any(turn.role == "assistant" for turn in turns):
+            raise BadRequest("This model holds no conversation.", code="conversation_unsupported")
+        sources = [image for turn in turns for image in turn.images]
+        if len(sources) != 1:
+            code = "too_many_images" if sources else "image_missing"
+            raise BadRequest("This model captions one image a request.", code=code)
+        if options.get("stop") is not None:
+            raise InvalidParameter("stop is not supported by this model.")
+        prompt = "\n\n".join(turn.text for turn in turns if turn.text.strip())
+        return self._request(sources[0], {**options, "prompt": prompt})
+
+    async def stream(
+        self, request: PipelineRequest, context: Context
+    ) -> AsyncGenerator[str | Completion | ChainResult]:
+        """The text as it is made, then the whole; or, when the request says so, every step (`chain.stream`).
+
+        Of an enhancement that fails half-way the pieces cannot be taken back: raises Unavailable (503) with its code.
+        """
+        ((image, options),) = await self.preprocess([request], context)
+        events = chain.stream(
+            image,
+            options,
+            context,
+            caption=self._caption.describe,
+            enhance=self._enhance.enhance_stream if self._enhance else None,
+            policy=self._policy,
+        )
+        async with _turn(self._running, context), aclosing(events):
+            if request.tells_steps:
+                async for part in events:
+                    yield part
+                return
+            has_told = False
+            result = await anext(events)
+            async for part in events:
+                if isinstance(part, str):
+                    has_told = True
+                    yield part
+                else:
+                    result = part
+        assert isinstance(result, ChainResult)  # noqa: S101 - a chain begins and ends with one
+        _logged(result, context)
+        if not has_told:
+            yield result.caption
+        elif result.enhancement_error is not None:
+            raise Unavailable(result.enhancement_error.message, code=result.enhancement_error.code)
+        yield as_completion(result)
 
     # --- V1 and V2 -------------------------------------------------------------------------------------------------
 
     def from_v1(self, body: Mapping[str, object]) -> list[PipelineRequest]:
-        return [_request(*image_of(instance)) for instance in instances_of(body)]
+        return [self._request(*image_of(instance)) for instance in instances_of(body)]
 
-    def to_v1(self, results: Sequence[chain.ChainResult]) -> Json:
+    def to_v1(self, results: Sequence[ChainResult]) -> Json:
         return {"predictions": [_answer(result) for result in results]} | _demo(results[0])
 
     def from_v2(self, request: v2.InferRequest) -> list[PipelineRequest]:
@@ -224,15 +328,17 @@ class PipelineService:
         tensor = request.input("prompt")
         prompts = spread(tensor.texts() if tensor else None, len(sources), "prompt")
         options = {name: value for name, value in request.parameters.items() if name != "prompt"}
-        return [_request(image, options | {"prompt": prompt}) for image, prompt in zip(sources, prompts, strict=True)]
+        return [
+            self._request(image, options | {"prompt": prompt}) for image, prompt in zip(sources, prompts, strict=True)
+        ]
 
-    def to_v2(self, results: Sequence[chain.ChainResult]) -> v2.InferResponse:
+    def to_v2(self, results: Sequence[ChainResult]) -> v2.InferResponse:
         first = results[0]
         steps = [step for result in results for step in result.steps]
         parameters: dict[str, v2.Scalar] = {
             "model": first.model.name,
             "model_revision": first.model.revision,
-            "image_tokens": sum(step.image_tokens for step in steps),
+            "image_tokens": sum(step.image_tokens or 0 for step in steps),
             "milliseconds": max(sum(step.milliseconds for step in result.steps) for result in results),
         }
         if any(result.demo for result in results):
@@ -241,6 +347,8 @@ class PipelineService:
             parameters["enhancer_model"] = enhancer
         if any(result.truncated for result in results):
             parameters["truncated"] = True
+        if any(result.downscaled for result in results):
+            parameters["downscaled"] = True
         if any(result.added_terms is not None for result in results):
             parameters["explanation"] = orjson.dumps([_explanation(result) for result in results]).decode()
         return v2.InferResponse(
@@ -264,18 +372,25 @@ class PipelineService:
             "/caption",
             summary="Caption one image, and enhance the caption",
             response_model=None,
-            responses={200: {"model": CaptionAnswer}} | _FAULTS,
+            responses={200: {"model": CaptionAnswer, "content": _EVENTS}} | _FAULTS,
             openapi_extra={"requestBody": {"required": True, "content": _CAPTION_CONTENT}},
         )
         async def caption(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
             started = time.perf_counter()
-            wanted, echo = await self._read(request)
+            wanted, echo, is_stream = await self._read(request)
+
+            def whole(result: ChainResult) -> Json:
+                answer = _answer(result)
+                if "filename" in echo:
+                    answer |= {"processing_time": round(time.perf_counter() - started, 4)}
+                return echo | answer
+
             with _image_faults():
+                if is_stream:
+                    watched = run.stream(replace(wanted, tells_steps=True), context_of(request))
+                    return await streaming(request, _named(watched), partial(_event, whole))
                 (result,) = await run([wanted], context_of(request))
-            answer = _answer(result)
-            if "filename" in echo:
-                answer |= {"processing_time": round(time.perf_counter() - started, 4)}
-            return json_response(echo | answer)
+            return json_response(whole(result))
 
         @router.get("/health", summary="What the pipeline is made of, now", response_model=HealthAnswer)
         async def health() -> Json:  # pyright: ignore[reportUnusedFunction]
@@ -283,21 +398,38 @@ class PipelineService:
 
         return router
 
-    async def _read(self, request: Request) -> tuple[PipelineRequest, Json]:
-        """The request in whichever body it came, and the fields of it that its answer repeats."""
+    async def _read(self, request: Request) -> tuple[PipelineRequest, Json, bool]:
+        """The request in whichever body it came, the fields of it that its answer repeats, whether it is a stream."""
         body = await read_body(request, self._settings)
         upload = body.uploads.get("image")
         if upload is None:
             image, echo = self._image(body.fields)
-            return _request(image, body.fields), echo
-        return _request(upload, body.fields), {"filename": upload.filename} if upload.filename else {}
+        else:
+            image, echo = upload, {"filename": upload.filename} if upload.filename else {}
+        return self._request(image, body.fields), echo, wants_events(request, body.fields)
+
+    def _request(self, image: ImageSource, options: Mapping[str, object]) -> PipelineRequest:
+        """Read the options that every protocol shares. Raises InvalidParameter (422)."""
+        enhance = flag_of(options, "use_gpt_oss")
+        return PipelineRequest(
+            image,
+            ChainOptions(
+                prompt=prompt_of(options.get("prompt")),
+                preset=preset_of(options.get("preset")),
+                detailed=flag_of(options, "detailed") is not False,
+                enhance=flag_of(options, "enhance") if enhance is None else enhance,
+                level=level_of(options.get("reasoning_level")),
+                strict=flag_of(options, "strict") is True,
+                explain=flag_of(options, "explain") is True,
+                caption_sampling=sampling_of(options, self._policy.caption_sampling),
+                enhance_sampling=sampling_of(options, self._policy.enhance_sampling),
+            ),
+        )
 
     def _image(self, fields: Mapping[str, object]) -> tuple[ImageSource, Json]:
         """The image of a native body, and the field that the answer repeats. Raises 400 or 422."""
         if (s3_uri := _text(fields, "s3_uri")) is not None:
-            if not s3_uri.startswith("s3://"):
-                raise BadRequest("s3_uri must start with s3://", code="s3_uri_invalid")
-            return ImageS3(s3_uri), {"s3_uri": s3_uri}
+            return s3_source(s3_uri), {"s3_uri": s3_uri}
         for name in ("image", "image_url"):
             if (value := _text(fields, name)) is not None:
                 with _image_faults():
@@ -368,20 +500,6 @@ class Health:
 # --- bodies ----------------------------------------------------------------------------------------------------------
 
 
-def _request(image: ImageSource, options: Mapping[str, object]) -> PipelineRequest:
-    """Read the options that every protocol shares. Raises InvalidParameter (422)."""
-    enhance = flag_of(options, "use_gpt_oss")
-    return PipelineRequest(
-        image=image,
-        prompt=prompt_of(options.get("prompt")),
-        detailed=flag_of(options, "detailed") is not False,
-        enhance=flag_of(options, "enhance") if enhance is None else enhance,
-        level=level_of(options.get("reasoning_level")),
-        strict=flag_of(options, "strict") is True,
-        explain=flag_of(options, "explain") is True,
-    )
-
-
 def _text(fields: Mapping[str, object], name: str) -> str | None:
     value = fields.get(name)
     if value is None or isinstance(value, str):
@@ -389,7 +507,7 @@ def _text(fields: Mapping[str, object], name: str) -> str | None:
     raise InvalidParameter(f"{name} must be text.")
 
 
-def _answer(result: chain.ChainResult) -> Json:
+def _answer(result: ChainResult) -> Json:
     """What every JSON answer says about one image: contract D1, and more only where there is more to say."""
     answer: Json = {"caption": result.caption}
     if result.original_caption is not None:
@@ -399,21 +517,55 @@ def _answer(result: chain.ChainResult) -> Json:
         answer["enhancement_error"] = asdict(result.enhancement_error)
     if result.truncated:
         answer["truncated"] = True
+    if result.downscaled:
+        answer["downscaled"] = True
     if result.added_terms is not None:
         answer |= _explanation(result)
     return answer | _demo(result)
 
 
-def _explanation(result: chain.ChainResult) -> Json:
+def _explanation(result: ChainResult) -> Json:
     return {"added_terms": list(result.added_terms or ()), "steps": [asdict(step) for step in result.steps]}
 
 
-def _demo(result: chain.ChainResult) -> Json:
+def _demo(result: ChainResult) -> Json:
     return demo_fields(replace(result.model, demo=result.demo))
 
 
-def _fault_bytes(result: chain.ChainResult) -> bytes:
+def _fault_bytes(result: ChainResult) -> bytes:
     return orjson.dumps(asdict(result.enhancement_error)) if result.enhancement_error else b""
+
+
+def _logged(result: ChainResult, context: Context) -> ChainResult:
+    if result.enhancement_error is not None:
+        logger.warning(
+            "caption returned without enhancement code=%s request_id=%s",
+            result.enhancement_error.code,
+            context.request_id,
+        )
+    return result
+
+
+Named = tuple[Literal["caption", "enhancement.delta", "done"], ChainResult | str]
+
+
+async def _named(events: AsyncGenerator[ChainResult | str]) -> AsyncGenerator[Named]:
+    """The first result is the caption's, the second the end."""
+    has_caption = False
+    async with aclosing(events):
+        async for part in events:
+            if isinstance(part, str):
+                yield "enhancement.delta", part
+            else:
+                yield ("done" if has_caption else "caption"), part
+                has_caption = True
+
+
+def _event(whole: Callable[[ChainResult], Json], named: Named) -> bytes:
+    name, part = named
+    if isinstance(part, str):
+        return event(name, {"delta": part})
+    return event(name, whole(part) if name == "done" else {"caption": part.caption})
 
 
 @contextmanager
@@ -460,7 +612,17 @@ class CaptionOptions(BaseModel):
     )
     strict: bool = Field(False, description="true: a wanted enhancement that fails is 503, not a bare caption.")
     explain: bool = Field(False, description="true: tell the steps, and which terms the enhancement added.")
-    prompt: str | None = Field(None, max_length=8192, description="Replaces the prompt of `detailed`.")
+    prompt: str | None = Field(None, max_length=8192, description="Replaces the prompts of `preset` and `detailed`.")
+    preset: str | None = Field(
+        None,
+        description="Prompt of the caption step by name, instead of `detailed`.",
+        json_schema_extra={"enum": [*PRESETS, None]},
+    )
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS_CEILING, description="New tokens of either step.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 (default) is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, description="With a temperature: the same seed gives the same text.")
+    stream: bool = Field(False, description="true, or `Accept: text/event-stream`: answer in events, as it goes.")
 
 
 class CaptionBody(CaptionOptions):
@@ -468,7 +630,7 @@ class CaptionBody(CaptionOptions):
 
     s3_uri: str | None = Field(None, pattern="^s3://", description="`s3://bucket/key`; repeated in the answer.")
     image: str | None = Field(None, description="Base64, a data URI, an allowed URL or s3://.")
-    image_url: str | None = Field(None, description="An allowed URL.")
+    image_url: str | None = Field(None, description="An allowed URL, a data URI or s3://.")
     image_path: str | None = Field(None, description="A path below the server's image root, where it has one.")
 
 
@@ -494,7 +656,7 @@ class StepAnswer(BaseModel):
     milliseconds: float
     prompt_tokens: int
     completion_tokens: int
-    image_tokens: int
+    image_tokens: int | None = Field(description="null: the model does not tell.")
     reasoning_tokens: int
 
 
@@ -510,6 +672,7 @@ class CaptionAnswer(BaseModel):
     processing_time: float | None = Field(None, description="Seconds, of an upload.")
     enhancement_error: EnhancementError | None = Field(None, description="Enhancement was wanted and failed.")
     truncated: bool | None = Field(None, description="true: a text was cut.")
+    downscaled: bool | None = Field(None, description="true: seen at half the pixels, for lack of memory.")
     added_terms: list[str] | None = Field(None, description="With `explain`.")
     steps: list[StepAnswer] | None = Field(None, description="With `explain`.")
     demo_model: bool | None = Field(None, description="true: answered by a demonstration model.")
@@ -533,6 +696,12 @@ class FaultAnswer(BaseModel):
     detail: str
     code: str
 
+
+_EVENTS: Json = {
+    "text/event-stream": {
+        "schema": {"type": "string", "description": "Events caption, enhancement.delta, done and error; data is JSON."}
+    }
+}
 
 _FAULTS: dict[int | str, dict[str, Any]] = {
     status: {"model": FaultAnswer} for status in (400, 404, 413, 422, 429, 502, 503, 504)

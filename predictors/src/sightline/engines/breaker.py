@@ -1,0 +1,78 @@
+"""Whether a model behind somebody else's HTTP may be called now: a circuit breaker for one event loop."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+Outcome = Literal["answered", "failed", "abandoned"]
+State = Literal["closed", "half-open", "open"]
+
+
+class CircuitBreaker:
+    """Whether a step may be called: closed, open after failures in a row, then half open for one probe.
+
+        closed ──max_failures in a row──▶ open ──open_seconds──▶ half open ──one probe──▶ closed or open
+
+    clock         monotonic seconds
+    max_failures  consecutive failures that open it
+    open_seconds  how long nobody is let through, then one
+
+    Each change of state starts a new generation; outcomes of calls that were admitted in an older
+    one are ignored. For one event loop; it takes no locks.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        max_failures: int = 5,
+        open_seconds: float = 5.0,
+    ) -> None:
+        self._clock = clock
+        self._max_failures = max_failures
+        self._open_seconds = open_seconds
+        self._generation = 0
+        self._failures = 0
+        self._opened_at: float | None = None
+        self._is_probing = False
+
+    def admit(self) -> int | None:
+        """A permit for one call, to be handed back to `record`; None while the step is left alone."""
+        if self._opened_at is not None:
+            if self._is_probing or self.retry_after() > 0:
+                return None
+            self._is_probing = True
+        return self._generation
+
+    def record(self, permit: int, outcome: Outcome) -> None:
+        """Say how a call ended. `abandoned` (cancelled, out of time) tells nothing, but frees the probe."""
+        if permit != self._generation:
+            return
+        if outcome == "abandoned":
+            self._is_probing = False
+        elif outcome == "answered":
+            self._failures = 0
+            if self._opened_at is not None:
+                self._turn(opened_at=None)
+        else:
+            self._failures += 1
+            if self._failures >= self._max_failures:
+                self._turn(opened_at=self._clock())
+
+    def retry_after(self) -> float:
+        """Seconds until a call may be let through; 0 when closed."""
+        if self._opened_at is None:
+            return 0.0
+        return max(0.0, self._opened_at + self._open_seconds - self._clock())
+
+    @property
+    def state(self) -> State:
+        """For people and metrics."""
+        if self._opened_at is None:
+            return "closed"
+        return "open" if self.retry_after() > 0 else "half-open"
+
+    def _turn(self, *, opened_at: float | None) -> None:
+        self._generation += 1
+        self._opened_at = opened_at
+        self._is_probing = False
