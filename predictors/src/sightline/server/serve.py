@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import FrameType
@@ -21,6 +22,8 @@ from starlette.responses import Response
 from sightline import __version__
 from sightline.configuration import Configured, configure, local_steps
 from sightline.errors import InvalidParameter
+from sightline.reload import serve_reloading
+from sightline.server.grpc import GrpcServer
 from sightline.server.guard import Guard
 from sightline.server.keys import Keys
 from sightline.server.local import LocalStep
@@ -28,7 +31,6 @@ from sightline.server.model import MODELS, PredictorModel
 from sightline.server.native import NativeRoutes
 from sightline.server.openai import OpenAI
 from sightline.server.protocols import Protocols
-from sightline.server.reload import serve_reloading
 from sightline.server.rendering import error_body, error_headers, error_status, translate
 from sightline.services.base import context_of
 from sightline.services.bodies import json_response
@@ -62,10 +64,16 @@ def build_app(models: Mapping[str, PredictorModel], settings: ServerSettings) ->
     models   by predictor name
     Raises ValueError or OSError when no API key can be had.
     """
+    keys = Keys(settings)
+    grpc = GrpcServer(list(models.values()), settings, keys) if settings.grpc_port else None
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        if grpc is not None:
+            await grpc.start()
         yield
+        if grpc is not None:
+            await grpc.stop()
         await _shut_down(list(models.values()))
 
     app = FastAPI(
@@ -80,7 +88,8 @@ def build_app(models: Mapping[str, PredictorModel], settings: ServerSettings) ->
     app.include_router(Protocols(list(models.values()), settings.max_request_bytes).router())
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
-    app.add_middleware(Guard, settings=settings, keys=Keys(settings))
+    app.add_middleware(Guard, settings=settings, keys=keys)
+    app.state.grpc = grpc
     return app
 
 
@@ -122,10 +131,24 @@ class _RESTServer(RESTServer):
         self._app = app
         self.config.host = settings.host
         self.config.access_log = False  # the guard writes one line with more in it
+        self._grpc: GrpcServer | None = app.state.grpc
+        self._drain_http = self._server.shutdown
+        self._server.shutdown = self._drain
 
     @property
     def is_stopping(self) -> bool:
         return self._server.should_exit
+
+    async def start(self) -> None:
+        """Serve. Raises RuntimeError when a port could not be had; uvicorn alone would end as if told to."""
+        await super().start()
+        if not self._server.started:
+            raise RuntimeError("the server could not start")
+
+    async def _drain(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting on both ports at once, answer what is running."""
+        grpc = [] if self._grpc is None else [self._grpc.stop()]
+        await asyncio.gather(self._drain_http(sockets), *grpc)
 
     def stop_soon(self) -> None:
         """Stop accepting, answer what is running, end."""
