@@ -65,7 +65,7 @@ MAX_OVERLAYS = 32
 class EmbedRoutes:
     """The native routes; each turns a body into EmbedRequests and results into the answer it documents."""
 
-    def __init__(self, service: EmbedService, run: Run) -> None:
+    def __init__(self, service: "EmbedService", run: Run) -> None:
         self._service = service
         self._run = run
 
