@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,10 +27,7 @@ app = typer.Typer(
 )
 def serve(context: typer.Context) -> None:
     """Serve one predictor, or several in one process; `sightline serve describe --help` lists its settings."""
-    # Before torch is imported: OpenMP threads that spin while they wait make a shared CPU ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _tame_threads()
     from sightline.server.serve import main as serve_main
 
     raise SystemExit(serve_main(context.args))
@@ -88,16 +86,31 @@ def caption(
 
 @app.command()
 def demo(
-    port: Annotated[int, typer.Option(envvar="PORT", help="Gateway; the two models use the next two.")] = 8080,
+    port: Annotated[int, typer.Option(envvar="PORT", help="Gateway; the five models use the next five.")] = 8080,
     once: Annotated[bool, typer.Option("--exit", envvar="DEMO_EXIT", help="Stop after the samples.")] = False,
 ) -> None:
-    """Start the whole pipeline on 127.0.0.1, caption two samples, keep serving until Ctrl-C."""
+    """Start the gateway and all five models on 127.0.0.1, show what they do, keep serving until Ctrl-C."""
     from sightline.demo import run
 
-    raise SystemExit(run(port, keep_serving=not once))
+    def import_server() -> Callable[[Sequence[str]], int]:
+        from sightline.nursery import import_models
+        from sightline.server.serve import main as serve_main
+
+        import_models()
+        return serve_main
+
+    _tame_threads()
+    raise SystemExit(run(port, import_server, keep_serving=not once))
 
 
 app.command()(conformance)
+
+
+def _tame_threads() -> None:
+    """Before torch is imported: OpenMP threads that spin while they wait make a shared CPU ten times slower."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main() -> None:
