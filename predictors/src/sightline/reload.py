@@ -36,7 +36,6 @@ class Reloader:
         self._command = command
         self._folder = folder
         self._environment = environment
-        self._child: subprocess.Popen[bytes] | None = None
         self._is_stopping = False
 
     def run(self) -> int:
@@ -51,12 +50,12 @@ class Reloader:
     def _run(self) -> int:
         while True:
             seen = self._snapshot()
-            self._child = subprocess.Popen(self._command, env=dict(self._environment))
-            code = self._until_change(self._child, seen)
+            child = subprocess.Popen(self._command, env=dict(self._environment))
+            code = self._until_change(child, seen)
             if code is not None:
                 return code
             log.info("a source file has changed: starting again")
-            self._end(self._child)
+            self._end(child)
 
     def _until_change(self, child: "subprocess.Popen[bytes]", seen: Mapping[Path, int]) -> int | None:
         """The exit code when all is over, None when a file has changed."""
@@ -98,5 +97,3 @@ class Reloader:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._is_stopping = True
-        if self._child is not None:
-            self._child.terminate()
