@@ -182,6 +182,15 @@ def decode(data: bytes, limits: Limits, *, max_width: int | None = None, max_hei
         return picture
 
 
+def shrunk(picture: Image.Image, pixels: float) -> Image.Image:
+    """The same picture with at most about so many pixels, keeping its aspect, by LANCZOS. Blocks."""
+    scale = math.sqrt(pixels / (picture.width * picture.height))
+    if scale >= 1:
+        return picture
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def encode(picture: Image.Image, kind: Literal["JPEG", "PNG"]) -> bytes:
     """A decoded picture as a file without metadata. Blocks."""
     file = BytesIO()

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: one image and a prompt to text.
+"""Qwen2-VL and Qwen2.5-VL: images and text to text.
 
 Dims     B prompts · T tokens of the longest prompt · P patches before merging, all images packed · D patch width
 Source   https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct, arXiv 2502.13923; class of transformers, unchanged.
@@ -9,16 +9,18 @@ Traps    `mm_token_type_ids` must reach the model: without it positions silently
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
+from sightline.images import shrunk
 from sightline.models.loading import (
     Quantization,
     as_plain_text,
@@ -29,6 +31,9 @@ from sightline.models.loading import (
 )
 from sightline.settings import DescribeSettings
 from sightline.wire import Sampling
+
+Message = tuple[Literal["system", "user", "assistant"], Sequence[str | Image.Image]]
+"""Who speaks, and the texts and images in the order in which they stand."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,20 +78,30 @@ class QwenVL:
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
 
     def preprocess(self, image: Image.Image, prompt: str) -> Prompt:
-        """Patches and token ids of one image and its prompt. Thread-safe; needs no device.
+        """One image and its prompt. See `preprocess_chat`."""
+        return self.preprocess_chat([("user", [image, prompt])])
+
+    def preprocess_chat(self, messages: Sequence[Message], *, at_half: bool = False) -> Prompt:
+        """Patches and token ids of a conversation that the assistant is to go on with. Thread-safe; needs no device.
+
+        messages  who speaks, and the texts and RGB images in the order in which they stand; at least one image. The
+                  processor resizes them to multiples of its patch size within its pixel budget
+        at_half   half the pixels of each image that the model would see otherwise
 
         Raises InvalidParameter (422) when they are more than the model's context.
-
-        image   RGB of any size; the processor resizes it to multiples of its patch size within its pixel budget
         """
-        content = [{"type": "image"}, {"type": "text", "text": as_plain_text(prompt)}]
-        text = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        inputs = self._processor(text=[text], images=[image], return_tensors="pt")
+        conversation = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in messages]
+        text = self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
+        options: dict[str, Any] = {}
+        if at_half:
+            images = [shrunk(image, self._seen_pixels(image) / 2) for image in images]
+            longest = self._processor.image_processor.size["longest_edge"]
+            options["images_kwargs"] = {"size": {"shortest_edge": self._patch_side**2, "longest_edge": longest}}
+        inputs = self._processor(text=[text], images=images, return_tensors="pt", **options)
         input_ids = inputs["input_ids"][0]
         image_tokens = int((input_ids == self._image_token_id).sum())
-        if image_tokens == 0:
+        if image_tokens == 0 or len(inputs["image_grid_thw"]) != len(images):
             raise InternalError("The model would not have seen the image.", code="image_not_seen")
         check_length(self._model, len(input_ids))
         return Prompt(
@@ -136,6 +151,23 @@ class QwenVL:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
+    @property
+    def _patch_side(self) -> int:
+        """Pixels of a side of what becomes one token."""
+        processor = self._processor.image_processor
+        return int(processor.patch_size) * int(processor.merge_size)
+
+    def _seen_pixels(self, image: Image.Image) -> int:
+        size = self._processor.image_processor.size
+        height, width = smart_resize(
+            image.height,
+            image.width,
+            factor=self._patch_side,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return height * width
+
     def _collate(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Left-pad a batch to (B, T); patches of all images one after the other."""
         length = max(len(prompt.input_ids) for prompt in batch)
@@ -151,6 +183,10 @@ class QwenVL:
             "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in batch]),
         }
         return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
+
+
+def _content(part: str | Image.Image) -> dict[str, str]:
+    return {"type": "text", "text": as_plain_text(part)} if isinstance(part, str) else {"type": "image"}
 
 
 def _left_padded(prompt: Prompt, length: int, pad: int) -> Prompt:

@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sightline.engines.base import Generated, IsAbandoned, Runtime
+from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
+from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
+from sightline.images import shrunk
 from sightline.models.kimi_vl.processing import control_ids
 from sightline.models.kimi_vl.quantize import Room, Scheme, bytes_per_dtype
 from sightline.models.loading import LoadFailed, check_kind, check_length, model_info
@@ -65,10 +67,11 @@ class KimiVL:
         processor: Any = AutoProcessor.from_pretrained(settings.model, **where)
         self._tokenizer: Any = processor.tokenizer
         self._image_processor: Any = processor.image_processor
+        self.quantization = _scheme(settings, where)
         self._model: Any = AutoModelForImageTextToText.from_pretrained(
             settings.model,
             dtype=settings.dtype,
-            quantization=_scheme(settings, where),
+            quantization=self.quantization,
             rooms=_rooms(settings),
             **where,
         )
@@ -85,14 +88,17 @@ class KimiVL:
         turns: list[Message] = [("system", [system])] if system else []
         return self.preprocess_chat([*turns, ("user", [*images, text])])
 
-    def preprocess_chat(self, messages: Sequence[Message]) -> Prompt:
+    def preprocess_chat(self, messages: Sequence[Message], *, at_half: bool = False) -> Prompt:
         """Patches and token ids of a conversation that the assistant is to go on with. Thread-safe; needs no device.
 
         Raises InvalidParameter (422, prompt_too_long) when they are more than the model's context.
 
         messages   RGB images of any size; larger ones are shrunk to the processor's limit of patches
+        at_half    half the pixels of each image that the model would see otherwise
         """
         images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
+        if at_half:
+            images = [shrunk(image, self._seen_pixels(image) / 2) for image in images]
         pixels, grids = self._patches(images)
         counts = [int(grid.prod()) // self._image_processor.merge_size**2 for grid in grids]
         if len(counts) != len(images) or 0 in counts:
@@ -108,13 +114,20 @@ class KimiVL:
         check_length(self._model, len(ids))
         return Prompt(torch.tensor(ids), pixels, grids if images else None, sum(counts))
 
-    def generate(self, batch: Sequence[Prompt], sampling: Sampling, is_abandoned: IsAbandoned) -> list[Generated]:
+    def generate(
+        self,
+        batch: Sequence[Prompt],
+        sampling: Sampling,
+        is_abandoned: IsAbandoned,
+        on_token: OnToken | None = None,
+    ) -> list[Generated]:
         """Answer a batch; see `engines.base.GenerativeModel`."""
         rows = generate_tokens(
             self._model,
             self._collate(batch),
             sampling,
             is_abandoned,
+            on_token,
             eos_token_ids=self._eos,
             pad_token_id=self._pad,
         )
@@ -130,7 +143,18 @@ class KimiVL:
 
     def postprocess(self, generated: Generated) -> str:
         """The text of an answer, control tokens removed, stripped."""
-        return str(self._tokenizer.decode(generated.token_ids, skip_special_tokens=True)).strip()
+        return self._decode(generated.token_ids).strip()
+
+    def reader(self) -> Detokenizer:
+        """Reads one answer while it is made."""
+        return Detokenizer(self._decode)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _seen_pixels(self, image: Image.Image) -> int:
+        processor = self._image_processor
+        return min(image.width * image.height, int(processor.max_patches) * int(processor.patch_size) ** 2)
 
     def _patches(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor | None, torch.Tensor]:
         if not images:
