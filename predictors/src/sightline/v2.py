@@ -51,7 +51,7 @@ _JSON_TYPES: Mapping[str, frozenset[type]] = {
 }
 """What JSON may hold for a numpy kind: a float would be cut to an integer, and true is not 1."""
 
-_MAX_DIMENSIONS = 32
+MAX_DIMENSIONS = 32
 _MAX_LENGTH_DIGITS = 18
 _PLAIN_NAME = re.compile(r"[\w./:-]{1,64}", re.ASCII)
 
@@ -280,7 +280,7 @@ def _tensor(item: Mapping[str, object], blobs: _Blobs | None) -> Tensor:
         raise BadRequest(f"Tensor{_shown(name)} has an unknown datatype.", code="invalid_tensor")
     dims = _list(shape, "a shape")
     is_valid = all(isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0 for dim in dims)
-    if not is_valid or len(dims) > _MAX_DIMENSIONS:
+    if not is_valid or len(dims) > MAX_DIMENSIONS:
         raise BadRequest(f"Tensor{_shown(name)} has an invalid shape.", code="invalid_tensor")
     sizes = tuple(cast("Sequence[int]", dims))
     size = _parameters(item.get("parameters"), "parameters").get("binary_data_size")

@@ -247,10 +247,12 @@ class Context:
     """What travels with a request beside its content.
 
     principal    which API key sent it, as a short digest; empty when authentication is off
-    traceparent  the caller's W3C trace context, handed on as it came
+    traceparent  the caller's W3C trace context, handed on as it came, and
+    tracestate   what its tracing systems add to it
     """
 
     request_id: str
     deadline: Deadline
     principal: str = ""
     traceparent: str | None = None
+    tracestate: str | None = None

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -17,26 +16,19 @@ import orjson
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sightline.errors import (
-    BadRequest,
-    InternalError,
-    InvalidApiKey,
-    InvalidParameter,
-    PayloadTooLarge,
-    SightlineError,
-)
+from sightline.errors import InternalError, PayloadTooLarge, SightlineError
 from sightline.server import metrics
+from sightline.server.caller import context_of, trace_id
+from sightline.server.caller import request_id as caller_id
 from sightline.server.keys import Keys
 from sightline.server.rendering import error_body, error_headers, error_status, translate
 from sightline.settings import ServerSettings
-from sightline.wire import REQUEST_ID_HEADER, TIMEOUT_HEADER, Context, Deadline
+from sightline.wire import REQUEST_ID_HEADER, Context
 
 log = logging.getLogger("sightline.access")
 
 # Probes cannot send keys. Everything else needs one, documentation and metrics too (contract B9).
 _OPEN = re.compile(r"/health|/v2/health/(live|ready)|/v2/models/[^/]+/ready")
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MAX_LENGTH_DIGITS = 18
 _QUIET = re.compile(r"/metrics|/health|.*/(live|ready)")
@@ -59,7 +51,7 @@ class Guard:
             return
         started = time.monotonic()
         headers = Headers(scope=scope)
-        request_id = _request_id(headers)
+        request_id = caller_id(headers)
         response = _Response(send, request_id)
         body = _Body(receive, self._settings.max_request_bytes)
         try:
@@ -72,18 +64,9 @@ class Guard:
             _record(scope, response, request_id, time.monotonic() - started, is_gone=body.is_gone)
 
     def _context(self, scope: Scope, headers: Headers, request_id: str) -> Context:
-        principal = self._keys.principal(_presented_key(headers))
-        if principal is None:
-            if not _OPEN.fullmatch(scope["path"]):
-                raise InvalidApiKey("Invalid API key")
-            principal = ""
-        traceparent = headers.get("traceparent", "")
-        return Context(
-            request_id=request_id,
-            deadline=Deadline.after(_seconds(headers, self._settings.deadline_seconds)),
-            principal=principal,
-            traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None,
-        )
+        is_open = _OPEN.fullmatch(scope["path"]) is not None
+        given = {name: ",".join(headers.getlist(name)) if name == "tracestate" else headers[name] for name in headers}
+        return context_of(given, request_id, self._keys, self._settings.deadline_seconds, is_open=is_open)
 
     async def _answer(self, scope: Scope, error: Exception, response: "_Response", request_id: str) -> None:
         known = translate(error)
@@ -194,32 +177,6 @@ def _check_length(headers: Headers, limit: int) -> None:
         raise _too_large(limit)
 
 
-def _request_id(headers: Headers) -> str:
-    given = headers.get(REQUEST_ID_HEADER, "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _presented_key(headers: Headers) -> str | None:
-    key = headers.get("x-api-key")
-    if key is None:
-        scheme, _, value = headers.get("authorization", "").partition(" ")
-        key = value.strip() if scheme.lower() == "bearer" else None
-    return key
-
-
-def _seconds(headers: Headers, longest: float) -> float:
-    value = headers.get(TIMEOUT_HEADER)
-    if value is None:
-        return longest
-    try:
-        milliseconds = float(value)
-    except ValueError as error:
-        raise BadRequest("X-Request-Timeout-Ms must be a number.") from error
-    if not milliseconds > 0:
-        raise InvalidParameter("X-Request-Timeout-Ms must be greater than 0.")
-    return min(milliseconds / 1000, longest)
-
-
 def _record(scope: Scope, response: _Response, request_id: str, seconds: float, *, is_gone: bool) -> None:
     status = response.status if response.status is not None else (499 if is_gone else 500)
     route = getattr(scope.get("route"), "path", None) or "unmatched"
@@ -229,10 +186,11 @@ def _record(scope: Scope, response: _Response, request_id: str, seconds: float, 
     level = logging.DEBUG if _QUIET.fullmatch(scope["path"]) else logging.INFO
     log.log(
         level,
-        "%s %s status=%s ms=%.1f request_id=%s",
+        "%s %s status=%s ms=%.1f request_id=%s%s",
         method,
         _path(scope),
         status,
         seconds * 1000,
         request_id,
+        f" trace_id={trace}" if (trace := trace_id(Headers(scope=scope).get("traceparent"))) else "",
     )

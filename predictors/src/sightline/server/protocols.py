@@ -135,7 +135,7 @@ class Protocols:
 
         def parse() -> tuple[v2.InferRequest, Sequence[object]]:
             parsed = v2.parse_request(body, announced)
-            _check_outputs(parsed, model)
+            check_outputs(parsed, model)
             return parsed, model.service.from_v2(parsed)
 
         parsed, requests = await beside_the_loop(len(body), parse)
@@ -186,7 +186,7 @@ async def beside_the_loop(size: int, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if size > LARGE_BYTES else work()
 
 
-def _check_outputs(request: v2.InferRequest, model: PredictorModel) -> None:
+def check_outputs(request: v2.InferRequest, model: PredictorModel) -> None:
     """Refuse unknown outputs before the model has worked for them."""
     known = {spec.name for spec in model.service.outputs}
     if not known.issuperset(request.outputs):
