@@ -17,7 +17,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sightline.tiny", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train from nothing and write the checkpoints")
-    train.add_argument("which", nargs="?", choices=("describe", "enhance", "all"), default="all")
+    names = ("describe", "enhance", "embed", "blip", "generate", "all")
+    train.add_argument("which", nargs="?", choices=names, default="all")
     train.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
     train.add_argument("--steps", type=int, help="one leg of so many optimiser steps (default: all legs)")
     train.add_argument(
@@ -25,12 +26,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     train.add_argument(
-        "--resume", action="store_true", help="one more leg of describe from the weights in --out; needs --steps"
+        "--resume", action="store_true", help="one more leg of describe or generate from --out; needs --steps"
     )
-    train.add_argument("--out", type=Path, default=HERE, help="folder that gets describe/ and enhance/")
+    train.add_argument("--out", type=Path, default=HERE, help="folder that gets a folder for each")
     report = verbs.add_parser("report", help="measure both checkpoints; writes REPORT.md and report.json")
     report.add_argument("--scenes", type=int, default=200, help="scenes of each kind (default 200)")
     report.add_argument("--seed", type=int, default=20_000, help="seed of the scenes (default 20000)")
+    retrieval = verbs.add_parser("retrieval", help="nDCG@5 of the embedder on held-out captions, as JSON")
+    retrieval.add_argument("--scenes", type=int, default=500, help="pairs of scene and caption (default 500)")
+    retrieval.add_argument("--seed", type=int, default=20_000, help="seed of the scenes (default 20000)")
+    retrieval.add_argument("--folder", type=Path, default=HERE / "embed", help="the checkpoint")
+    answers = verbs.add_parser("answers", help="exact answers of the generator on fresh scenes, as JSON")
+    answers.add_argument("--scenes", type=int, default=200, help="prompts of each kind (default 200)")
+    answers.add_argument("--seed", type=int, default=20_000, help="seed of the scenes (default 20000)")
+    answers.add_argument("--folder", type=Path, default=HERE / "generate", help="the checkpoint")
     scene = verbs.add_parser("scene", help="draw a scene to a PNG and print its caption")
     scene.add_argument("out", type=Path)
     scene.add_argument("--seed", type=int, default=None)
@@ -38,17 +47,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.resume and not (args.steps and args.which == "describe"):
-        sys.exit("--resume is for `train describe --steps N`")
+    if args.resume and not (args.steps and args.which in ("describe", "generate")):
+        sys.exit("--resume is for `train describe --steps N` and `train generate --steps N`")
     # Spinning OpenMP threads make every step up to ten times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
 
-    from sightline.tiny import describer, enhancer, report
+    from sightline.tiny import captioner, describer, embedder, enhancer, generator, report
 
     torch.set_num_threads(args.threads)
-    for name, module in (("enhance", enhancer), ("describe", describer)):
+    modules = {"enhance": enhancer, "describe": describer, "embed": embedder, "blip": captioner}
+    for name, module in {**modules, "generate": generator}.items():
         if args.which not in (name, "all"):
             continue
         path = args.out / name / report.RECORD
@@ -81,6 +91,18 @@ def _report(args: argparse.Namespace) -> None:
     sys.stdout.write(report.page(figures))
 
 
+def _retrieval(args: argparse.Namespace) -> None:
+    from sightline.tiny import retrieval
+
+    sys.stdout.write(json.dumps(retrieval.report(args.scenes, args.seed, args.folder), indent=2) + "\n")
+
+
+def _answers(args: argparse.Namespace) -> None:
+    from sightline.tiny import answers
+
+    sys.stdout.write(json.dumps(answers.measure(args.scenes, args.seed, args.folder), indent=2) + "\n")
+
+
 def _scene(args: argparse.Namespace) -> None:
     import numpy as np
 
@@ -94,7 +116,8 @@ def _scene(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run one of the verbs."""
     args = _parser().parse_args(argv)
-    {"train": _train, "report": _report, "scene": _scene}[args.verb](args)
+    verbs = {"train": _train, "report": _report, "retrieval": _retrieval, "answers": _answers, "scene": _scene}
+    verbs[args.verb](args)
 
 
 if __name__ == "__main__":
