@@ -34,10 +34,15 @@ class Server:
     process: subprocess.Popen[bytes]
     log_path: Path
     headers: dict[str, str] = field(default_factory=dict)
+    grpc_port: int = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
 
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, trust_env=False, headers=self.headers, **options)
@@ -89,7 +94,7 @@ class Launcher:
     def start(
         self, name: str, *flags: str, env: dict[str, str] | None = None, auth: str = "off", port: int | None = None
     ) -> Server:
-        port = port or free_port()
+        port, grpc_port = port or free_port(), free_port()
         log_path = self._folder / f"{name}-{port}-{len(self.servers)}.log"
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "S3_", "API_"))}
         clean |= {
@@ -100,10 +105,10 @@ class Launcher:
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sightline", "serve", name, "--host", "127.0.0.1",
-                 "--port", str(port), "--auth", auth, *flags],
+                 "--port", str(port), "--grpc-port", str(grpc_port), "--auth", auth, *flags],
                 stdout=log, stderr=log, env=clean | (env or {}), cwd=self._folder,
             )  # fmt: skip
-        server = Server(name, port, process, log_path)
+        server = Server(name, port, process, log_path, grpc_port=grpc_port)
         self.servers.append(server)
         return server
 
