@@ -55,6 +55,11 @@ class NativeRoutes:
         for (method, path), owners in self._shared.items():
             if (method, path) not in _DECIDERS:
                 raise ValueError(f"{' and '.join(item.kind for item in owners)} both answer {method} {path}")
+        self._documents: dict[tuple[str, str], Json] = {}
+        for key, owners in self._shared.items():
+            self._documents[key] = _either([_operation(item.route) for item in owners])
+            for item in owners:  # FastAPI keeps one operation a path
+                item.route.include_in_schema = False
 
     def include_in(self, app: FastAPI) -> None:
         """Add the routes; the route that is registered first wins, so those that decide come before the others."""
@@ -70,9 +75,8 @@ class NativeRoutes:
             app.openapi = lambda: self._completed(document())
 
     def _completed(self, document: Json) -> Json:
-        """FastAPI keeps one operation a path: put there what all of its owners document."""
-        for (method, path), owners in self._shared.items():
-            document["paths"][path][method.lower()] = _either([_operation(item.route) for item in owners])
+        for (method, path), operation in self._documents.items():
+            document["paths"].setdefault(path, {})[method.lower()] = operation
         return document
 
 
