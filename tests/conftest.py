@@ -52,7 +52,7 @@ class Server:
 
     def is_ready(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            response = httpx.get(f"{self.url}/v2/models/{self.name}/ready", timeout=5, trust_env=False)
+            response = httpx.get(f"{self.url}/v2/health/ready", timeout=5, trust_env=False)
             return response.status_code == 200
         return False
 
@@ -104,7 +104,7 @@ class Launcher:
         }
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "sightline", "serve", name, "--host", "127.0.0.1",
+                [sys.executable, "-m", "sightline", "serve", *name.split(), "--host", "127.0.0.1",
                  "--port", str(port), "--grpc-port", str(grpc_port), "--auth", auth, *flags],
                 stdout=log, stderr=log, env=clean | (env or {}), cwd=self._folder,
             )  # fmt: skip
