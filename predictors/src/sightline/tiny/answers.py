@@ -5,7 +5,7 @@ Nothing of the training code runs here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Generator:
+class Loaded:
     """The loaded generator."""
 
     model: Any
@@ -64,11 +64,11 @@ class Generator:
         return self.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def load(folder: Path = GENERATE) -> Generator:
+def load(folder: Path = GENERATE) -> Loaded:
     """Load as any server would, no remote code."""
     kimi_vl.register()
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    return Generator(model, AutoProcessor.from_pretrained(folder))
+    return Loaded(model, AutoProcessor.from_pretrained(folder))
 
 
 def _draw(rng: np.random.Generator, objects: Literal[1, 2] | None, *, only_held_out: bool = False) -> scenes.Scene:
@@ -78,7 +78,7 @@ def _draw(rng: np.random.Generator, objects: Literal[1, 2] | None, *, only_held_
             return scene
 
 
-def ask(generator: Generator, count: int, seed: int, kind: Kind) -> list[Answer]:
+def ask(generator: Loaded, count: int, seed: int, kind: Kind) -> list[Answer]:
     """Draw `count` prompts of a kind, carry each picture through file bytes, and have the prompts answered."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     answers: list[Answer] = []
@@ -104,7 +104,7 @@ def ask(generator: Generator, count: int, seed: int, kind: Kind) -> list[Answer]
 
 
 @contextmanager
-def expert_load(model: Any) -> Iterator[dict[str, torch.Tensor]]:  # noqa: ANN401
+def expert_load(model: Any) -> Generator[dict[str, torch.Tensor]]:  # noqa: ANN401
     """Count the tokens that each routed expert gets, by layer, while the block runs."""
     load: dict[str, torch.Tensor] = {}
     hooks: list[Any] = []

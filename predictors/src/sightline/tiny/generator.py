@@ -18,7 +18,7 @@ import math
 import multiprocessing
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -587,6 +587,10 @@ RETURNS = (0, 7, 19, 31)
 """Each sample is used four times: when its block arrives, and this many blocks later; mirrored at random."""
 
 
+def _grid_of_sample(sample: Sample) -> Grid:
+    return grid_of(sample.canvas)
+
+
 def batches(blocks: Iterator[list[Sample]], seed: int, size: int) -> Iterator[list[tuple[Sample, bool]]]:
     """Batches of samples, each with whether to mirror it, pictures of one grid side by side."""
     rng = np.random.default_rng([seed, 1])
@@ -599,7 +603,7 @@ def batches(blocks: Iterator[list[Sample]], seed: int, size: int) -> Iterator[li
         order = rng.permutation(len(ready))
         for start in range(0, len(order) - size + 1, size):
             picked = [ready[i] for i in order[start : start + size]]
-            picked.sort(key=lambda sample: grid_of(sample.canvas))
+            picked.sort(key=_grid_of_sample)
             yield [(sample, bool(rng.random() < 0.5)) for sample in picked]
 
 
@@ -744,7 +748,7 @@ class Exam:
         samples = make_block(seed + 1_000_003, 10_000)
         parts: list[tuple[Pictures, list[Turn]]] = []
         for start in range(0, BLOCK, 64):
-            picked = sorted(samples[start : start + 64], key=lambda sample: grid_of(sample.canvas))
+            picked = sorted(samples[start : start + 64], key=_grid_of_sample)
             pictures = Pictures.of([(sample, False) for sample in picked])
             parts.append((pictures, talk.draw(rng, pictures, Asked(64, 32, 12, 24))))
         return cls(parts)
@@ -776,7 +780,7 @@ SETTLED = 60
 
 
 @contextmanager
-def _drawing(seed: int, blocks: range) -> Iterator[Iterator[list[Sample]]]:
+def _drawing(seed: int, blocks: range) -> Generator[Iterator[list[Sample]]]:
     """Blocks of samples as a second process draws them."""
     context = multiprocessing.get_context("spawn")
     drawn: Queue[list[Sample]] = context.Queue(maxsize=40)
@@ -789,7 +793,7 @@ def _drawing(seed: int, blocks: range) -> Iterator[Iterator[list[Sample]]]:
 
 
 @contextmanager
-def _one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+def _one_thread_each(threads: int) -> Generator[ThreadPoolExecutor]:
     """A pool whose threads do their matrix products alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -901,7 +905,8 @@ def train(
                 turns = talk.draw(rng, pictures, asked)
                 jobs.append((pictures, [_hide(rng, turn) if done < 0.7 else turn for turn in turns]))
             aid_weight = 0.25 if done < 0.6 else 0.1
-            parts = list(pool.map(lambda job, weight=aid_weight: trainer.gradients(*job, weight), jobs))
+            futures = [pool.submit(trainer.gradients, *job, aid_weight) for job in jobs]
+            parts = [future.result() for future in futures]
             trainer.step(parts, rate(done), is_settled=done >= 0.9)
             step += 1
             if budget.elapsed_minutes() - last > 2.5:
