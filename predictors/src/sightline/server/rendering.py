@@ -35,13 +35,18 @@ def error_body(path: str, error: SightlineError, request_id: str) -> dict[str, o
     """The error in the shape of the route; always with its code and the request's id."""
     if is_openai(path):
         return {"error": openai_error(error), "request_id": request_id}
-    key = "error" if _KSERVE_ROUTES.match(path) else "detail"
+    key = "error" if is_kserve(path) else "detail"
     return {key: error.message, "code": error.code, "request_id": request_id}
 
 
 def is_openai(path: str) -> bool:
     """Whether a route answers errors in OpenAI's shape."""
-    return _OPENAI_ROUTES.match(path) is not None and _KSERVE_ROUTES.match(path) is None
+    return _OPENAI_ROUTES.match(path) is not None and not is_kserve(path)
+
+
+def is_kserve(path: str) -> bool:
+    """Whether a route answers errors in KServe's shape."""
+    return _KSERVE_ROUTES.match(path) is not None
 
 
 def openai_error(error: SightlineError) -> dict[str, object]:
