@@ -34,6 +34,11 @@ _MAX_LENGTH_DIGITS = 18
 _QUIET = re.compile(r"/metrics|/health|.*/(live|ready)")
 
 
+def is_open(path: str) -> bool:
+    """Whether a path answers those without a key."""
+    return _OPEN.fullmatch(path) is not None
+
+
 class Guard:
     """ASGI middleware around the whole application."""
 
@@ -64,9 +69,10 @@ class Guard:
             _record(scope, response, request_id, time.monotonic() - started, is_gone=body.is_gone)
 
     def _context(self, scope: Scope, headers: Headers, request_id: str) -> Context:
-        is_open = _OPEN.fullmatch(scope["path"]) is not None
         given = {name: ",".join(headers.getlist(name)) if name == "tracestate" else headers[name] for name in headers}
-        return context_of(given, request_id, self._keys, self._settings.deadline_seconds, is_open=is_open)
+        return context_of(
+            given, request_id, self._keys, self._settings.deadline_seconds, is_open=is_open(scope["path"])
+        )
 
     async def _answer(self, scope: Scope, error: Exception, response: "_Response", request_id: str) -> None:
         known = translate(error)

@@ -23,6 +23,7 @@ from sightline import __version__
 from sightline.configuration import Configured, configure, local_steps
 from sightline.errors import InvalidParameter
 from sightline.reload import serve_reloading
+from sightline.server.docs import add_docs
 from sightline.server.grpc import GrpcServer
 from sightline.server.guard import Guard
 from sightline.server.keys import Keys
@@ -81,11 +82,14 @@ def build_app(models: Mapping[str, PredictorModel], settings: ServerSettings) ->
         description="\n\n".join(type(model.service).__doc__ or "" for model in models.values()),
         version=__version__,
         lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
         redoc_url=None,
     )
     NativeRoutes(models).include_in(app)
     app.include_router(OpenAI(list(models.values()), settings.max_request_bytes).router())
     app.include_router(Protocols(list(models.values()), settings.max_request_bytes).router())
+    add_docs(app, asks_for_keys=not keys.is_off)
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_middleware(Guard, settings=settings, keys=keys)
@@ -183,12 +187,15 @@ class _ModelServer(ModelServer):
         self._rest_server.stop_soon()
 
     async def _serve_while_loading(self, models: Sequence[PredictorModel]) -> None:
-        """Run the web server and the loading together; when the server ends, so does the loading."""
+        """Run the web server and the loading together; when one of them fails, both end."""
         serving = asyncio.ensure_future(self._rest_server.start())
         loading = asyncio.ensure_future(self._load_in_turn(models))
-        done, _ = await asyncio.wait([serving, loading], return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            if (error := task.exception()) is not None:
+        await asyncio.wait([serving, loading], return_when=asyncio.FIRST_EXCEPTION)
+        if loading.done() and loading.exception() is not None:
+            self._rest_server.stop_soon()  # as at any other end, so that everything is closed
+            await asyncio.wait([serving])
+        for task in (loading, serving):
+            if task.done() and (error := task.exception()) is not None:
                 raise error
 
     async def _load_in_turn(self, models: Sequence[PredictorModel]) -> None:
