@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from sightline import errors, wire
 from sightline.errors import DeadlineExceeded, SightlineError
 from sightline.wire import (
+    ChatRequest,
     Completion,
     Context,
     Deadline,
-    DescribeRequest,
     EnhanceRequest,
     ImageBytes,
     ImagePath,
@@ -22,6 +22,7 @@ from sightline.wire import (
     ImageUrl,
     ModelInfo,
     Sampling,
+    Turn,
     Usage,
 )
 
@@ -34,7 +35,7 @@ EXAMPLES = [
     ModelInfo("name", "1"),
     Usage(),
     Completion("text", "stop", Usage(), ModelInfo("name", "1"), 1.0),
-    DescribeRequest(ImageBytes(b"x")),
+    ChatRequest((Turn("user", (ImageBytes(b"x"), "a cat")),)),
     EnhanceRequest("a cat"),
     Deadline(1.0),
     Context("id", Deadline(1.0)),
@@ -97,7 +98,7 @@ class TestTypes:
         assert hash(example) == hash(dataclasses.replace(example))  # type: ignore[type-var]
 
     def test_images_do_not_show_their_bytes(self) -> None:
-        assert "hunter2" not in repr(DescribeRequest(ImageBytes(b"hunter2", "cat.png")))
+        assert "hunter2" not in repr(ChatRequest((Turn("user", (ImageBytes(b"hunter2", "cat.png"),)),)))
 
     def test_greedy_is_the_default(self) -> None:
         assert Sampling() == Sampling(max_tokens=256, temperature=0.0, top_p=1.0, seed=None)

@@ -195,16 +195,6 @@ class ChatRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class DescribeRequest:
-    """One image to describe. `prompt` None or blank means the predictor's default."""
-
-    image: ImageSource
-    prompt: str | None = None
-    sampling: Sampling = Sampling()
-    max_width: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class EnhanceRequest:
     """One caption to turn into fuller prose. `level` None means the predictor's default.
 

@@ -6,13 +6,14 @@ from sightline.engines.dialect import StepMetadata
 from sightline.server.model import PredictorModel
 from sightline.v2 import Scalar
 from sightline.wire import (
+    ChatRequest,
     Completion,
     Context,
-    DescribeRequest,
     EnhanceRequest,
     ImageBytes,
     ReasoningLevel,
     Sampling,
+    Turn,
 )
 
 
@@ -23,7 +24,8 @@ class LocalStep:
         self._model = model
 
     async def describe(self, image: ImageBytes, prompt: str | None, sampling: Sampling, context: Context) -> Completion:
-        (completion,) = await self._model.run([DescribeRequest(image, prompt, sampling)], context)
+        parts = (image,) if prompt is None else (image, prompt)
+        (completion,) = await self._model.run([ChatRequest((Turn("user", parts),), sampling)], context)
         return completion
 
     async def enhance(self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context) -> Completion:

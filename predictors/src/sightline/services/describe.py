@@ -2,9 +2,8 @@
 
 import asyncio
 import re
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request
@@ -20,7 +19,6 @@ from sightline.errors import (
     SightlineError,
     Unavailable,
 )
-from sightline.images import Decoder, Limits
 from sightline.jobs.objects import open_store
 from sightline.jobs.runs import Runs, RunState, Status
 from sightline.services.base import (
@@ -29,36 +27,33 @@ from sightline.services.base import (
     context_of,
     demo_fields,
     health,
-    image_of,
     images_of,
     instances_of,
+    preset_of,
     prompt_of,
     reject_unknown_inputs,
     sampling_of,
     spread,
-    together,
 )
-from sightline.services.bodies import json_response, read_body
-from sightline.services.generation import (
-    Generation,
-    completion,
-    parameters_of,
-    predictions_of,
-    within,
-)
+from sightline.services.bodies import Body, json_response, read_body
+from sightline.services.generation import Outcome, parameters_of, predictions_of, texts_of
+from sightline.services.vision import Conversations, Prepared, check_chat, check_count, sources_of, uploads_of
 from sightline.settings import DescribeSettings
-from sightline.sources import Sources, parse_source
+from sightline.sources import parse_source
 from sightline.wire import (
+    MAX_IMAGES_PER_PROMPT,
+    MAX_TOKENS_CEILING,
     PRESETS,
+    ChatRequest,
     Completion,
     Context,
     Deadline,
-    DescribeRequest,
     ImageBytes,
     ImageS3,
     ImageSource,
     ImageUrl,
     Sampling,
+    Turn,
 )
 
 if TYPE_CHECKING:
@@ -67,12 +62,6 @@ if TYPE_CHECKING:
 MESSAGE = "Image description generated successfully."
 DEFAULT_WAIT_SECONDS = 90
 MAX_WAIT_SECONDS = 300
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    prompts: tuple[tuple[Any, Sampling], ...]
-    started: float
 
 
 class DescribeService:
@@ -85,11 +74,9 @@ class DescribeService:
         self.name = settings.model_name
         self._settings = settings
         self._defaults = Sampling(max_tokens=settings.max_tokens)
-        self._generation: Generation[QwenVL] = Generation(
-            self._load_model, max_batch=settings.max_batch, threads=settings.decode_threads
+        self._conversations: Conversations[QwenVL] = Conversations(
+            self._load_model, settings, max_width=settings.max_width
         )
-        self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
         self._runs: Runs | None = None
         self._run: Run | None = None
 
@@ -105,78 +92,88 @@ class DescribeService:
             endpoint_url=self._settings.s3_endpoint_url,
             region=self._settings.aws_region,
         )
-        await self._generation.start()
+        await self._conversations.start()
         self._runs = Runs(store, self._execute, ttl_seconds=self._settings.job_ttl_seconds)
         await self._runs.start()
 
     async def close(self) -> None:
         if self._runs is not None:
             await self._runs.close(self._settings.grace_seconds)
-        await self._generation.close()
-        await self._sources.aclose()
-        self._decoder.close()
+        await self._conversations.close()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""
-        return self._generation.metadata()
+        return self._conversations.metadata()
 
-    async def preprocess(self, requests: Sequence[DescribeRequest], context: Context) -> _Prepared:
-        started = time.monotonic()
-        model = self._generation.model
-        prompts = await within(context.deadline, together(self._prompt(model, request) for request in requests))
-        samplings = [request.sampling for request in requests]
-        return _Prepared(tuple(zip(prompts, samplings, strict=True)), started)
+    async def preprocess(self, requests: Sequence[ChatRequest], context: Context) -> Prepared:
+        return await self._conversations.prepare(requests, context)
 
-    async def _prompt(self, model: "QwenVL", request: DescribeRequest) -> object:
-        data = await self._sources.fetch(request.image)
-        width = request.max_width or self._settings.max_width
-        image = await self._decoder.decode(data, max_width=width, max_height=2 * width)
-        prompt = request.prompt or self._settings.prompt
-        return await self._generation.in_pool(lambda: model.preprocess(image, prompt))
+    async def predict(self, prepared: Prepared, context: Context) -> list[Outcome]:
+        return await self._conversations.answer(prepared, context)
 
-    async def predict(self, prepared: _Prepared, context: Context) -> list[Completion]:
-        model = self._generation.model
-        return [
-            completion(model.postprocess(generated), generated, model.info, prepared.started)
-            for generated in await self._generation.generate_all(prepared.prompts, context)
-        ]
+    def stream(self, request: ChatRequest, context: Context) -> AsyncGenerator[str | Completion]:
+        """The description piece by piece, then the whole."""
+        return self._conversations.stream(request, context)
 
-    def from_v1(self, body: Mapping[str, object]) -> list[DescribeRequest]:
-        requests: list[DescribeRequest] = []
-        for instance in instances_of(body):
-            image, fields = image_of(instance)
-            requests.append(self._request(image, fields))
-        return requests
+    def from_chat(self, turns: Sequence[Turn], options: Mapping[str, object]) -> ChatRequest:
+        """A conversation about one or several images. A user's turn without words gets the preset's or the default."""
+        *before, last = check_chat(turns)
+        if not any(turn.images for turn in turns):
+            raise BadRequest("This model describes images; the messages have none.", code="image_missing")
+        preset = None if last.text.strip() else preset_of(options.get("preset"))
+        if not last.text.strip():
+            last = Turn("user", (*last.images, self._words(None, preset)))
+        return replace(self._request([], options), turns=(*before, last), preset=preset)
 
-    def to_v1(self, results: Sequence[Completion]) -> Json:
+    def from_v1(self, body: Mapping[str, object]) -> list[ChatRequest]:
+        """An instance is one prompt: with one image, or with several under `images`."""
+        return [self._from_instance(instance) for instance in instances_of(body)]
+
+    def _from_instance(self, instance: object) -> ChatRequest:
+        if isinstance(instance, str):
+            return self._request([parse_source(instance)], {})
+        fields = cast("Mapping[str, object]", instance) if isinstance(instance, dict) else {}
+        images = sources_of(fields)
+        if not images:
+            raise BadRequest(
+                "An instance needs an image: base64, a data URI, an allowed URL or s3://.", code="image_missing"
+            )
+        return self._request(images, fields)
+
+    def to_v1(self, results: Sequence[Outcome]) -> Json:
         return predictions_of(results)
 
-    def from_v2(self, request: v2.InferRequest) -> list[DescribeRequest]:
+    def from_v2(self, request: v2.InferRequest) -> list[ChatRequest]:
         reject_unknown_inputs(request, self.inputs)
         images = images_of(request)
         tensor = request.input("prompt")
         prompts = spread(None if tensor is None else tensor.texts(), len(images), "prompt")
         return [
-            self._request(image, {**request.parameters, **({} if prompt is None else {"prompt": prompt})})
+            self._request([image], {**request.parameters, **({} if prompt is None else {"prompt": prompt})})
             for image, prompt in zip(images, prompts, strict=True)
         ]
 
-    def to_v2(self, results: Sequence[Completion]) -> v2.InferResponse:
+    def to_v2(self, results: Sequence[Outcome]) -> v2.InferResponse:
         return v2.InferResponse(
             model_name=self.name,
-            outputs=(v2.Tensor.of_texts("text", [item.text for item in results]),),
+            outputs=(v2.Tensor.of_texts("text", texts_of(results)),),
             parameters=parameters_of(results),
         )
 
-    def _request(self, image: ImageSource, options: Mapping[str, object]) -> DescribeRequest:
+    def _words(self, prompt: str | None, preset: str | None) -> str:
+        """Own words win over a preset, a preset over the server's default."""
+        return prompt or (self._settings.prompt if preset is None else PRESETS[preset])
+
+    def _request(self, images: Sequence[ImageSource], options: Mapping[str, object]) -> ChatRequest:
         width = options.get("max_width")
         if width is not None and (isinstance(width, bool) or not isinstance(width, int) or not 28 <= width <= 8192):
             raise InvalidParameter("max_width must be a whole number from 28 to 8192.")
-        return DescribeRequest(
-            image=image,
-            prompt=prompt_of(options.get("prompt")) or _preset(options.get("preset")),
+        prompt, preset = prompt_of(options.get("prompt")), preset_of(options.get("preset"))
+        return ChatRequest(
+            turns=(Turn("user", (*images, self._words(prompt, preset))),),
             sampling=sampling_of(options, self._defaults),
             max_width=width,
+            preset=None if prompt else preset,
         )
 
     # --- contract A: its own routes ---
@@ -197,20 +194,20 @@ class DescribeService:
         return router
 
     async def _post_run(self, request: Request) -> Response:
-        """Describe one image (contract A1–A6); see the fields in the request body."""
+        """Describe an image, or several together (contract A1–A6); see the fields in the request body."""
         runs = self._started_runs()
         context = context_of(request)
         wait = _wait_seconds(request)
-        body = await read_body(request, self._settings)
+        body = await read_body(request, self._settings, several=_SEVERAL)
         fields = body.fields
         if isinstance(envelope := fields.get("input"), dict):
             fields = cast("Mapping[str, object]", envelope)
         action = fields.get("action", "inference")
         if action == "warmup":
-            return json_response({"status": "COMPLETED", "output": None} | demo_fields(self._generation.model.info))
+            return json_response({"status": "COMPLETED", "output": None} | demo_fields(self._conversations.model.info))
         if action != "inference":
             raise BadRequest("action must be inference or warmup.", code="unknown_action")
-        described = self._request(_native_image(fields, body.uploads), fields)
+        described = self._request(_native_images(fields, body), fields)
         stored, data = _stored(described, context, is_patient=wait == 0)
         run_id = await runs.submit(stored, data, context.principal)
         if wait == 0:
@@ -249,10 +246,10 @@ class DescribeService:
                 "status": "COMPLETED",
                 "message": MESSAGE,
                 "data": state.output["text"],
-            }
+            } | {name: state.output[name] for name in ("tags", "downscaled") if name in state.output}
         if state.error is not None:
             shown |= {"detail": state.error["message"], "code": state.error["code"]}
-        return shown | demo_fields(self._generation.model.info)
+        return shown | demo_fields(self._conversations.model.info)
 
     async def _execute(self, stored: Mapping[str, Any], data: bytes | None) -> tuple[Status, Mapping[str, Any]]:
         """Do one run; never raises but for cancellation. A patient run waits while the queue is full."""
@@ -274,15 +271,10 @@ class DescribeService:
             except SightlineError as error:
                 return "FAILED", _error(error)
             else:
-                return "COMPLETED", {"text": cast("Completion", result).text}
+                return "COMPLETED", _output(cast("Completion", result))
 
 
-def _preset(value: object) -> str | None:
-    if value is None:
-        return None
-    if value not in PRESETS:
-        raise InvalidParameter(f"preset must be one of {', '.join(PRESETS)}.")
-    return PRESETS[cast("str", value)]
+_SEVERAL = ("images", "image_urls")
 
 
 def _wait_seconds(request: Request) -> float:
@@ -298,48 +290,66 @@ def _wait_seconds(request: Request) -> float:
     return int(value)
 
 
-def _native_image(fields: Mapping[str, object], uploads: Mapping[str, ImageBytes]) -> ImageSource:
-    for name in ("image", "image_url", "file"):
-        if name in uploads:
-            return uploads[name]
-    for name in ("image_url", "image", "s3_uri"):
-        value = fields.get(name)
-        if isinstance(value, str) and value.strip():
-            return parse_source(value)
-        if value is not None and not isinstance(value, str):
-            raise InvalidParameter(f"{name} must be text.")
-    raise InvalidParameter("image_url is required.", code="image_missing")
+def _native_images(fields: Mapping[str, object], body: Body) -> list[ImageSource]:
+    """The images of a body: uploads, then what its fields name. Raises InvalidParameter (422) without any."""
+    files = {**{name: [upload] for name, upload in body.uploads.items()}, **body.files}
+    images = uploads_of(files, "image", "image_url", "file", "images") + sources_of(fields)
+    if not images:
+        raise InvalidParameter("image_url is required.", code="image_missing")
+    return check_count(images)
 
 
-def _stored(request: DescribeRequest, context: Context, *, is_patient: bool) -> tuple[dict[str, Any], bytes | None]:
-    """A run as it is kept: JSON, and the bytes of an upload beside it."""
-    data = request.image.data if isinstance(request.image, ImageBytes) else None
-    source: dict[str, str] = {}
-    if isinstance(request.image, ImageUrl):
-        source = {"url": request.image.url}
-    elif isinstance(request.image, ImageS3):
-        source = {"s3": request.image.uri}
+def _output(made: Completion) -> Json:
+    output: Json = {"text": made.text}
+    if made.tags is not None:
+        output["tags"] = list(made.tags)
+    if made.downscaled:
+        output["downscaled"] = True
+    return output
+
+
+# --- a run as it is kept ---------------------------------------------------------------------------------------------
+
+
+def _stored(request: ChatRequest, context: Context, *, is_patient: bool) -> tuple[dict[str, Any], bytes | None]:
+    """JSON, and beside it the bytes of all images that came with the request, one after the other."""
+    (turn,) = request.turns
+    data = b"".join(image.data for image in turn.images if isinstance(image, ImageBytes))
     stored = {
         "request_id": context.request_id,
-        "source": source,
-        "prompt": request.prompt,
+        "sources": [_stored_source(image) for image in turn.images],
+        "prompt": turn.text,
+        "preset": request.preset,
         "sampling": asdict(request.sampling),
         "max_width": request.max_width,
         "is_patient": is_patient,
     }
-    return stored, data
+    return stored, data or None
 
 
-def _restored(stored: Mapping[str, Any], data: bytes | None) -> DescribeRequest:
-    source = stored["source"]
-    image: ImageSource
-    if data is not None:
-        image = ImageBytes(data)
-    elif "url" in source:
-        image = ImageUrl(source["url"])
-    else:
-        image = ImageS3(source["s3"])
-    return DescribeRequest(image, stored["prompt"], Sampling(**stored["sampling"]), stored["max_width"])
+def _stored_source(image: ImageSource) -> dict[str, str | int]:
+    if isinstance(image, ImageBytes):
+        return {"bytes": len(image.data)}
+    if isinstance(image, ImageUrl):
+        return {"url": image.url}
+    assert isinstance(image, ImageS3)  # noqa: S101 - this service takes no paths
+    return {"s3": image.uri}
+
+
+def _restored(stored: Mapping[str, Any], data: bytes | None) -> ChatRequest:
+    images: list[ImageSource] = []
+    at = 0
+    for source in cast("Sequence[Mapping[str, Any]]", stored["sources"]):
+        if "url" in source:
+            images.append(ImageUrl(source["url"]))
+        elif "s3" in source:
+            images.append(ImageS3(source["s3"]))
+        else:
+            images.append(ImageBytes((data or b"")[at : at + source["bytes"]]))
+            at += source["bytes"]
+    sampling = Sampling(**stored["sampling"] | {"stop": tuple(stored["sampling"]["stop"])})
+    turn = Turn("user", (*images, stored["prompt"]))
+    return ChatRequest((turn,), sampling, stored["max_width"], stored["preset"])
 
 
 def _error(error: SightlineError) -> Json:
@@ -382,9 +392,16 @@ _RUN_OPENAPI: Json = {
                             "type": "string",
                             "description": "Allowed https:// URL, data URI, base64 or s3:// URI.",
                         },
+                        "image_urls": {
+                            "type": "array",
+                            "items": {"type": "string"},
+                            "maxItems": MAX_IMAGES_PER_PROMPT,
+                            "description": "Several images for one description, instead of or behind `image_url`.",
+                        },
+                        "s3_uri": {"type": "string", "pattern": "^s3://"},
                         "prompt": {"type": "string", "nullable": True},
                         "preset": {"type": "string", "enum": list(PRESETS)},
-                        "max_tokens": {"type": "integer", "minimum": 1, "maximum": 4096},
+                        "max_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS_CEILING},
                         "temperature": {"type": "number", "minimum": 0, "maximum": 2},
                         "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
                         "seed": {"type": "integer", "minimum": 0},
@@ -400,7 +417,9 @@ _RUN_OPENAPI: Json = {
                     "required": ["image"],
                     "properties": {
                         "image": {"type": "string", "format": "binary"},
+                        "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
                         "prompt": {"type": "string"},
+                        "preset": {"type": "string", "enum": list(PRESETS)},
                     },
                 }
             },
