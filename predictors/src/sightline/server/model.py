@@ -17,12 +17,14 @@ from sightline.services.blip import BlipService
 from sightline.services.describe import DescribeService
 from sightline.services.embed import EmbedService
 from sightline.services.enhance import EnhanceService
+from sightline.services.generate import GenerateService
 from sightline.services.pipeline import PipelineService
 from sightline.settings import (
     BlipSettings,
     DescribeSettings,
     EmbedSettings,
     EnhanceSettings,
+    GenerateSettings,
     PipelineSettings,
     ServerSettings,
 )
@@ -197,6 +199,15 @@ class BlipModel(PredictorModel):
         super().__init__(BlipService(settings), settings)
 
 
+class GenerateModel(PredictorModel):
+    """Kimi-VL."""
+
+    settings_type = GenerateSettings
+
+    def __init__(self, settings: GenerateSettings) -> None:
+        super().__init__(GenerateService(settings), settings)
+
+
 class EmbedModel(PredictorModel):
     """ColQwen2.5."""
 
@@ -221,6 +232,7 @@ class PipelineModel(PredictorModel):
 MODELS: dict[str, type[PredictorModel]] = {
     "describe": DescribeModel,
     "enhance": EnhanceModel,
+    "generate": GenerateModel,
     "embed": EmbedModel,
     "blip": BlipModel,
     "pipeline": PipelineModel,
