@@ -13,6 +13,7 @@ import orjson
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
+from sightline.server.document import complete
 from sightline.server.guard import is_open
 from sightline.services.base import Json
 from sightline.services.bodies import json_response
@@ -28,7 +29,9 @@ def add_docs(app: FastAPI, *, asks_for_keys: bool) -> None:
 
     app   made with `docs_url=None` and `openapi_url=None`
     """
-    document = _with_keys(app.openapi()) if asks_for_keys else app.openapi()
+    document = complete(app.openapi())
+    if asks_for_keys:
+        document = _with_keys(document)
     app.openapi = lambda: document
     app.add_api_route("/openapi.json", lambda: json_response(document), include_in_schema=False, response_model=None)
     app.add_api_route("/docs", lambda: HTMLResponse(_page(document)), include_in_schema=False, response_model=None)
