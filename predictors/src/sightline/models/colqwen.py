@@ -349,6 +349,7 @@ class _Adapter:
 
         config = LoraConfig.from_pretrained(str(self.config.parent))
         config.inference_mode = True
+        config.base_model_name_or_path = None  # else peft warns when both are mounted in other places
         wrapped = get_peft_model(model, cast("LoraConfig", config))
         wanted = set(get_peft_model_state_dict(wrapped))
         given = {_adapter_key(key): tensor for key, tensor in load_file(self.weights).items()}
