@@ -24,7 +24,7 @@ _PER_PREDICTOR = {"queue_size", "max_parts"}
 _LISTENER = set(ServerSettings.__annotations__) - _PER_PREDICTOR
 """What a process has once, however many predictors it serves."""
 
-_SHARED = set(JobSettings.model_fields) | {"cache_dir", "device", "threads", "reasoning_level"}
+_SHARED = set(JobSettings.model_fields) | {"cache_dir", "hf_token", "device", "threads", "reasoning_level"}
 """What means the same to all who have it; everything else that several have is each one's own."""
 
 Kinds = Mapping[str, type[ServerSettings]]

@@ -150,6 +150,7 @@ class EngineSettings(ServerSettings):
         validation_alias=AliasChoices("cache_dir", "HUGGINGFACE_CACHE_DIR"),
         description="Where hub downloads are kept.",
     )
+    hf_token: SecretStr | None = Field(None, description="Token for models on the hub that want one.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="CUDA when present, else CPU.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the type the checkpoint was saved in."

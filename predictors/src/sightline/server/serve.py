@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -35,7 +36,7 @@ from sightline.server.protocols import Protocols
 from sightline.server.rendering import error_body, error_headers, error_status, translate
 from sightline.services.base import context_of
 from sightline.services.bodies import json_response
-from sightline.settings import BlipSettings, ServerSettings, shown
+from sightline.settings import BlipSettings, EngineSettings, ServerSettings, shown
 
 log = logging.getLogger("sightline.server")
 
@@ -245,6 +246,8 @@ def main(argv: Sequence[str]) -> int:
     _configure_logging(next(iter(configured.values())).settings)
     for kind, item in configured.items():
         log.info("settings predictor=%s %s", kind, shown(item.settings))
+        if isinstance(item.settings, EngineSettings) and (token := item.settings.hf_token) is not None:
+            os.environ["HF_TOKEN"] = token.get_secret_value()  # its libraries look for it there, and only there
     if any(isinstance(item.settings, BlipSettings) and item.settings.reload for item in configured.values()):
         return serve_reloading(argv)
     return serve(configured)
