@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     train.add_argument(
-        "--resume", action="store_true", help="one more leg of describe or generate from --out; needs --steps"
+        "--resume", action="store_true", help="one more leg of describe, generate or blip from --out; needs --steps"
     )
     train.add_argument("--out", type=Path, default=HERE, help="folder that gets a folder for each")
     report = verbs.add_parser("report", help="measure both checkpoints; writes REPORT.md and report.json")
@@ -40,6 +40,10 @@ def _parser() -> argparse.ArgumentParser:
     answers.add_argument("--scenes", type=int, default=200, help="prompts of each kind (default 200)")
     answers.add_argument("--seed", type=int, default=20_000, help="seed of the scenes (default 20000)")
     answers.add_argument("--folder", type=Path, default=HERE / "generate", help="the checkpoint")
+    captions = verbs.add_parser("captions", help="exact captions of the captioner on fresh scenes, as JSON")
+    captions.add_argument("--scenes", type=int, default=500, help="scenes of each kind (default 500)")
+    captions.add_argument("--seed", type=int, default=20_000, help="seed of the scenes (default 20000)")
+    captions.add_argument("--folder", type=Path, default=HERE / "blip", help="the checkpoint")
     scene = verbs.add_parser("scene", help="draw a scene to a PNG and print its caption")
     scene.add_argument("out", type=Path)
     scene.add_argument("--seed", type=int, default=None)
@@ -47,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.resume and not (args.steps and args.which in ("describe", "generate")):
-        sys.exit("--resume is for `train describe --steps N` and `train generate --steps N`")
+    if args.resume and not (args.steps and args.which in ("describe", "generate", "blip")):
+        sys.exit("--resume is for `train describe|generate|blip --steps N`")
     # Spinning OpenMP threads make every step up to ten times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -103,6 +107,12 @@ def _answers(args: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps(answers.measure(args.scenes, args.seed, args.folder), indent=2) + "\n")
 
 
+def _captions(args: argparse.Namespace) -> None:
+    from sightline.tiny import captions
+
+    sys.stdout.write(json.dumps(captions.measure(args.scenes, args.seed, args.folder), indent=2) + "\n")
+
+
 def _scene(args: argparse.Namespace) -> None:
     import numpy as np
 
@@ -116,7 +126,8 @@ def _scene(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run one of the verbs."""
     args = _parser().parse_args(argv)
-    verbs = {"train": _train, "report": _report, "retrieval": _retrieval, "answers": _answers, "scene": _scene}
+    verbs = {"train": _train, "report": _report, "retrieval": _retrieval, "answers": _answers}
+    verbs |= {"captions": _captions, "scene": _scene}
     verbs[args.verb](args)
 
 
