@@ -170,6 +170,17 @@ def pipeline(chain_servers) -> Server:
     return chain_servers["pipeline"]
 
 
+@pytest.fixture(scope="session")
+def everything(session_launcher: Launcher, s3_server, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """All six predictors in one process, ready; `circle.png` lies below the image root."""
+    from tests.scenes import red_circle
+
+    images = tmp_path_factory.mktemp("images")
+    (images / "circle.png").write_bytes(red_circle())
+    flags = os.environ.get("SIGHTLINE_TEST_FLAGS", "").split()
+    return session_launcher.start("all", "--image-root", str(images), *flags, env=s3_server.environment()).wait_ready()
+
+
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(20_261_121)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sightline import v2
+from sightline.server.guard import is_open
 from sightline.server.rendering import is_kserve, is_openai
 from sightline.services.base import Json
 
@@ -90,6 +91,8 @@ def _add_errors(path: str, operation: Json, responses: Json) -> None:
     statuses = {*_OF_ALL, *(_OF_WORK if "requestBody" in operation else ())}
     if "{" in path:
         statuses |= {404, 503}
+    if is_open(path):
+        statuses.discard(403)
     if path in _REFUSED:
         statuses.add(501)
     if is_openai(path):
