@@ -26,6 +26,7 @@ def conformance(
     ] = None,
     select: Annotated[list[str] | None, typer.Option(help="Ids of checks, such as errors.*; repeatable.")] = None,
     intrusive: Annotated[bool, typer.Option(help="Also try to take the model away. Not on a server in use.")] = False,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the model to be ready before the checks.")] = 0.0,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
@@ -40,7 +41,7 @@ def conformance(
 
     from sightline.conformance import report, schema
     from sightline.conformance.catalogue import selected
-    from sightline.conformance.run import Unreachable, run
+    from sightline.conformance.run import Unreachable, run, wait_until_ready
     from sightline.conformance.target import Address, Target
 
     if document:
@@ -63,7 +64,8 @@ def conformance(
     )  # fmt: skip
     notes = Console(stderr=True)
     try:
-        with notes.status("") as status:
+        with notes.status("waiting for the model …") as status:
+            wait_until_ready(address, wait)
             results = run(checks, address, lambda group: status.update(f"{group} …"))
     except Unreachable as error:
         raise _wrong(str(error)) from error

@@ -203,14 +203,15 @@ def _is_refused(target: Target, name: str) -> None:
 def _dropped_by(target: Target, requests: Mapping[str, tuple[str, bytes, Mapping[str, str]]]) -> list[str]:
     """The requests after which the connection they came by takes no other."""
     dropped: list[str] = []
+    prefix = urlsplit(target.address.url).path  # a server may live below one
     connection = _connect(target)
     headers = {"Content-Type": "application/json", **target.address.headers}
     for name, (path, body, more) in requests.items():
         try:
-            connection.request("POST", path, body, headers | dict(more))
+            connection.request("POST", prefix + path, body, headers | dict(more))
             connection.getresponse().read()
             is_open = connection.sock is not None  # None: the answer said that it would be closed
-            connection.request("GET", "/v2/health/live", headers=target.address.headers)
+            connection.request("GET", f"{prefix}/v2/health/live", headers=target.address.headers)
             connection.getresponse().read()
         except (http.client.HTTPException, OSError):
             is_open = False

@@ -1,22 +1,34 @@
 """Runs checks: those whose client library must be alone in a process of their own, the others here."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
 import httpx
 
-from sightline.conformance.suite import Check, Outcome, Result, run_here, shortened
+from sightline.conformance.suite import Check, Failed, Outcome, Result, run_here, shortened
 from sightline.conformance.target import Address, Target
 from sightline.conformance.tensors import Json
 
 
 class Unreachable(Exception):
     """Nothing answers at the address."""
+
+
+def wait_until_ready(address: Address, seconds: float) -> None:
+    """Wait for the model to load, as long as `seconds`; what is wrong after that is for the checks to say."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with Target(address) as target, contextlib.suppress(httpx.HTTPError, Failed):
+            if target.get(f"{target.model_path}/ready").status_code == 200:
+                return
+        time.sleep(0.5)
 
 
 def run(checks: Sequence[Check], address: Address, progress: Callable[[str], None] = lambda _: None) -> list[Result]:

@@ -191,28 +191,27 @@ class Target:
             body["inputs"][0] |= changes
             return json.dumps(body).encode()
 
-        def binary(shift: int) -> tuple[bytes, int]:
-            """The binary extension with a first tensor that announces `shift` bytes more than it has."""
-            body, length = request.as_text().as_binary()
-            head = json.loads(body[:length])
-            head["inputs"][0]["parameters"]["binary_data_size"] += shift
+        def too_short() -> tuple[bytes, int]:
+            """The binary extension with a last tensor that announces 8 bytes more than follow."""
+            head = json.loads(whole[:length])
+            head["inputs"][-1]["parameters"]["binary_data_size"] += 8
             rendered = json.dumps(head).encode()
-            return rendered + body[length:], len(rendered)
+            return rendered + whole[length:], len(rendered)
 
         def extension(body: bytes, length: int | str) -> tuple[str, bytes, Mapping[str, str]]:
             return infer, body, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(length)}
 
         first = request.inputs[0]
         too_many = [first.shape[0] + 1, *first.shape[1:]] if first.shape else [2]
-        whole, _ = request.as_text().as_binary()
+        whole, length = request.as_text().as_binary()
         unknown = f"/v2/models/{NO_SUCH_MODEL}/infer"
         faults: dict[str, tuple[str, bytes, Mapping[str, str]]] = {
             "unknown model": (unknown, json.dumps(request.as_json()).encode(), {}),
             "wrong shape": (infer, spoilt(shape=too_many), {}),
             "unknown datatype": (infer, spoilt(datatype="FLOAT99"), {}),
             "unknown output": (infer, json.dumps(request.as_json(outputs=[{"name": "no-such-output"}])).encode(), {}),
-            "binary data too short": extension(*binary(8)),
-            "binary data too long": extension(*binary(-1)),
+            "binary data too short": extension(*too_short()),
+            "binary data too long": extension(whole + bytes(8), length),
             "header longer than body": extension(whole, len(whole) + 100),
             "header length no number": extension(whole, "many"),
         }
