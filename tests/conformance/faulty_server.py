@@ -410,24 +410,24 @@ class Servicer(service.GRPCInferenceServiceServicer):
     def __init__(self, server: FaultyServer) -> None:
         self.server = server
 
-    def ServerLive(self, request, context):  # noqa: N802
+    def ServerLive(self, request, context):
         return pb.ServerLiveResponse(live=not self.server.has("not live"))
 
-    def ServerReady(self, request, context):  # noqa: N802
+    def ServerReady(self, request, context):
         return pb.ServerReadyResponse(ready=True)
 
-    def ModelReady(self, request, context):  # noqa: N802
+    def ModelReady(self, request, context):
         return pb.ModelReadyResponse(ready=request.name == MODEL)
 
-    def ServerMetadata(self, request, context):  # noqa: N802
+    def ServerMetadata(self, request, context):
         return pb.ServerMetadataResponse(name="probe", version="" if self.server.has("no extensions") else "1")
 
-    def ModelMetadata(self, request, context):  # noqa: N802
+    def ModelMetadata(self, request, context):
         self.find(request.name, context)
         outputs = OUTPUTS[:1] if self.server.has("forgets an output") else OUTPUTS
         return pb.ModelMetadataResponse(name=MODEL, versions=["1"], platform="python", inputs=INPUTS, outputs=outputs)
 
-    def ModelInfer(self, request, context):  # noqa: N802
+    def ModelInfer(self, request, context):
         if not (self.server.has("unknown models answer") and request.model_name != MODEL):
             self.find(request.model_name, context)
         if self.server.has("takes 8 MiB") and request.ByteSize() > 8 * MIB:

@@ -26,7 +26,7 @@ def conformance(
     ] = None,
     select: Annotated[list[str] | None, typer.Option(help="Ids of checks, such as errors.*; repeatable.")] = None,
     intrusive: Annotated[bool, typer.Option(help="Also try to take the model away. Not on a server in use.")] = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the model to be ready before the checks.")] = 0.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the model to be ready before the checks.")] = 30.0,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
