@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +28,17 @@ from sightline.errors import (
     QueueFull,
     SightlineError,
     SourceRefused,
+    Unavailable,
+    UpstreamFailed,
 )
 from sightline.services.base import Run
 from sightline.services.pipeline import PipelineRequest, PipelineService
 from sightline.settings import PipelineSettings
 from sightline.wire import (
     CREATIVE_SEARCH_PROMPT,
+    PRESETS,
     SHORT_PROMPT,
+    Completion,
     Context,
     Deadline,
     ImageBytes,
@@ -42,7 +46,10 @@ from sightline.wire import (
     ImageS3,
     ImageSource,
     ImageUrl,
+    ModelInfo,
     Sampling,
+    Turn,
+    Usage,
 )
 
 
@@ -767,6 +774,244 @@ class TestManyItems:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert gateway.describe.cancelled == 3
+
+
+def events_of(text: str) -> list[tuple[str, Any]]:
+    """Names and data of server-sent events."""
+    told = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        told.append((name.removeprefix("event: "), orjson.loads(data.removeprefix("data: "))))
+    return told
+
+
+class Streaming(RemoteStep):
+    """An enhance step that streams: texts, then the whole, or an error."""
+
+    pieces: tuple[str | Completion | Exception, ...] = ()
+
+    async def enhance_stream(self, *arguments: object) -> AsyncGenerator[str | Completion]:  # type: ignore[override]
+        for piece in self.pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+DONE = Completion(PROSE, "stop", Usage(30, 12, 0, 5), ModelInfo("own-name-of-enhance", "0123456789ab"), 12.5)
+BROKEN = UpstreamFailed("The enhance step broke off.")
+
+
+def streaming_by(gateway: Gateway, *pieces: str | Completion | Exception) -> Gateway:
+    step = Streaming(V2("http://step", "enhance"), None, httpx.AsyncClient(), step="enhance")
+    step.pieces = pieces
+    gateway.service._enhance = step
+    return gateway
+
+
+class TestEvents:
+    """`POST /caption` with `Accept: text/event-stream`."""
+
+    async def watch(self, gateway: Gateway, **body: object) -> list[tuple[str, Any]]:
+        response = await gateway.http.post("/caption", json=body, headers={"accept": "text/event-stream"})
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return events_of(response.text)
+
+    async def test_the_caption_then_pieces_then_the_answer(self, gateway: Gateway) -> None:
+        streaming_by(gateway, "A red square ", "rests on white.", DONE)
+        answer = {"s3_uri": URI, "caption": PROSE, "original_caption": CAPTION, "enhanced": True}
+        assert await self.watch(gateway, s3_uri=URI) == [
+            ("caption", {"caption": CAPTION}),
+            ("enhancement.delta", {"delta": "A red square "}),
+            ("enhancement.delta", {"delta": "rests on white."}),
+            ("done", answer),
+        ]
+
+    async def test_a_step_that_does_not_stream(self, gateway: Gateway) -> None:
+        assert [name for name, _ in await self.watch(gateway, s3_uri=URI)] == ["caption", "done"]
+
+    async def test_without_enhancement(self, gateway: Gateway) -> None:
+        events = await self.watch(gateway, s3_uri=URI, use_gpt_oss=False)
+        assert events[-1] == ("done", {"s3_uri": URI, "caption": CAPTION, "enhanced": False})
+
+    async def test_an_enhancement_that_breaks_off_is_told_in_the_answer(self, gateway: Gateway) -> None:
+        streaming_by(gateway, "A red", BROKEN)
+        *_, (name, answer) = await self.watch(gateway, s3_uri=URI)
+        assert name == "done"
+        assert (answer["caption"], answer["enhanced"]) == (CAPTION, False)
+        assert answer["enhancement_error"]["code"] == "enhancer_failed"
+
+    async def test_strict_makes_it_an_error_event(self, gateway: Gateway) -> None:
+        streaming_by(gateway, "A red", BROKEN)
+        *_, (name, error) = await self.watch(gateway, s3_uri=URI, strict=True)
+        assert (name, set(error), error["code"]) == ("error", {"detail", "code", "request_id"}, "enhancer_failed")
+
+    async def test_what_goes_wrong_before_the_caption_has_a_status(self, gateway: Gateway) -> None:
+        gateway.shelf.error = InvalidImage("Not an image.")
+        response = await gateway.http.post("/caption", json={"s3_uri": URI, "stream": True})
+        assert response.status_code == 400
+        assert response.json()["detail"] == "Failed to fetch/decode image: Not an image."
+
+    async def test_a_bug_is_an_event_too_and_tells_nothing(
+        self, gateway: Gateway, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        streaming_by(gateway, DONE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sightline.services.pipeline._answer", lambda result: 1 / 0)
+            *_, (name, error) = await self.watch(gateway, s3_uri=URI)
+        assert (name, error["code"]) == ("error", "internal_error")
+        assert "ZeroDivisionError" in caplog.text
+
+
+class TestConversations:
+    """What OpenAI's routes ask."""
+
+    async def told(self, gateway: Gateway, request: PipelineRequest) -> list[Any]:
+        return [part async for part in gateway.service.stream(request, Context("r-1", Deadline.after(60)))]
+
+    async def test_one_image_and_its_text(self, gateway: Gateway) -> None:
+        turns = [Turn("system", ("Be brief.",)), Turn("user", (ImageUrl("https://a/b.png"), "Count."))]
+        request = gateway.service.from_chat(turns, {"reasoning_level": "high", "use_gpt_oss": False, "seed": 3})
+        assert request.image == ImageUrl("https://a/b.png")
+        assert (request.options.prompt, request.options.level, request.options.enhance) == (
+            "Be brief.\n\nCount.", "high", False,
+        )  # fmt: skip
+        assert request.options.caption_sampling == Sampling(max_tokens=128, seed=3)
+
+    async def test_without_words_the_preset_or_the_default_is_the_prompt(self, gateway: Gateway) -> None:
+        turns = [Turn("user", (ImageBytes(PNG),))]
+        assert gateway.service.from_chat(turns, {}).options.words == CREATIVE_SEARCH_PROMPT
+        assert gateway.service.from_chat(turns, {"preset": "tags"}).options.words == PRESETS["tags"]
+
+    @pytest.mark.parametrize(
+        ("turns", "code"),
+        [
+            ([Turn("user", ("Hi",))], "image_missing"),
+            ([Turn("user", (ImageBytes(PNG), ImageBytes(PNG)))], "too_many_images"),
+            ([Turn("user", (ImageBytes(PNG),)), Turn("assistant", ("Hm",)), Turn("user", ("?",))],
+             "conversation_unsupported"),
+        ],
+        ids=["no image", "two images", "a conversation"],
+    )  # fmt: skip
+    async def test_what_it_cannot_answer_is_400(self, gateway: Gateway, turns: Any, code: str) -> None:
+        with pytest.raises(BadRequest) as raised:
+            gateway.service.from_chat(turns, {})
+        assert raised.value.code == code
+
+    async def test_stop_sequences_are_refused(self, gateway: Gateway) -> None:
+        with pytest.raises(InvalidParameter):
+            gateway.service.from_chat([Turn("user", (ImageBytes(PNG),))], {"stop": ["x"]})
+
+    async def test_the_text_is_streamed_and_then_whole(self, gateway: Gateway) -> None:
+        streaming_by(gateway, "A red square ", "rests on white", DONE)
+        *pieces, whole = await self.told(gateway, wanted(ImageBytes(PNG)))
+        assert pieces == ["A red square ", "rests on white", "."]
+        assert isinstance(whole, Completion)
+        assert (whole.text, whole.usage) == (PROSE, Usage(49, 19, 9, 8))
+
+    async def test_without_enhancement_it_comes_at_once(self, gateway: Gateway) -> None:
+        text, whole = await self.told(gateway, wanted(ImageBytes(PNG), enhance=False))
+        assert (text, whole.text) == (CAPTION, CAPTION)
+
+    async def test_an_enhancement_that_fails_at_once_leaves_the_caption(self, gateway: Gateway) -> None:
+        streaming_by(gateway, BROKEN)
+        text, whole = await self.told(gateway, wanted(ImageBytes(PNG)))
+        assert (text, whole.text) == (CAPTION, CAPTION)
+
+    async def test_one_that_breaks_off_cannot_be_taken_back(self, gateway: Gateway) -> None:
+        streaming_by(gateway, "A red", BROKEN)
+        with pytest.raises(Unavailable) as raised:
+            await self.told(gateway, wanted(ImageBytes(PNG)))
+        assert raised.value.code == "enhancer_failed"
+
+
+class TestPresets:
+    @pytest.mark.parametrize("preset", PRESETS)
+    async def test_reach_the_caption_step(self, gateway: Gateway, preset: str) -> None:
+        await gateway.caption(s3_uri=URI, preset=preset)
+        tensor = gateway.describe.calls[0].input("prompt")
+        assert tensor is not None
+        assert tensor.texts() == (PRESETS[preset],)
+
+    @pytest.mark.parametrize("preset", ["haiku", 5, []], ids=str)
+    async def test_an_unknown_one_is_422(self, gateway: Gateway, preset: object) -> None:
+        await gateway.refused(422, s3_uri=URI, preset=preset)
+
+    async def test_sampling_reaches_both_steps(self, gateway: Gateway) -> None:
+        await gateway.caption(s3_uri=URI, max_tokens=9, temperature=0.5, seed=3)
+        for step in (gateway.describe, gateway.enhance):
+            said = step.calls[0].parameters
+            assert (said["max_tokens"], said["temperature"], said["seed"]) == (9, 0.5, 3)
+
+
+class TestImageReferences:
+    """Every place that takes an image by reference takes https, data URI and s3://; `s3_uri` takes S3 alone."""
+
+    DATA = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+    @pytest.mark.parametrize("name", ["image", "image_url"])
+    @pytest.mark.parametrize(
+        ("text", "source"),
+        [("https://a/b.png", ImageUrl("https://a/b.png")), (URI, ImageS3(URI)), (DATA, ImageBytes(PNG))],
+        ids=["https", "s3", "data"],
+    )
+    async def test_native_and_v1(self, gateway: Gateway, name: str, text: str, source: ImageSource) -> None:
+        await gateway.caption(**{name: text})
+        assert gateway.shelf.fetched == [source]
+        (request,) = gateway.service.from_v1({"instances": [{name: text}]})
+        assert request.image == source
+
+    async def test_v2(self, gateway: Gateway) -> None:
+        texts = ["https://a/b.png", URI, self.DATA]
+        requests = gateway.service.from_v2(v2.InferRequest((v2.Tensor.of_texts("image", texts),)))
+        assert [request.image for request in requests] == [ImageUrl(texts[0]), ImageS3(URI), ImageBytes(PNG)]
+
+    @pytest.mark.parametrize("text", ["https://a/b.png", DATA, "bucket/key"], ids=["https", "data", "bare"])
+    async def test_s3_uri_is_for_s3_in_v1_too(self, gateway: Gateway, text: str) -> None:
+        with pytest.raises(BadRequest) as raised:
+            gateway.service.from_v1({"instances": [{"s3_uri": text}]})
+        assert raised.value.code == "s3_uri_invalid"
+
+
+class TestForeignSteps:
+    """A caption step that is not ours gets a small picture without metadata."""
+
+    @pytest.mark.parametrize(("kind", "sent"), [("JPEG", "JPEG"), ("TIFF", "PNG"), ("WEBP", "JPEG")])
+    async def test_images_are_drawn_anew(self, kind: str, sent: str) -> None:
+        service = PipelineService(settings(describe_protocol="openai", describe_max_width=64), sources=Shelf())
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x010F] = "a camera"
+        Image.new("RGB", (200, 100), "red").save(file, kind, exif=exif)
+        ((image, _),) = await service.preprocess(
+            [PipelineRequest(ImageBytes(file.getvalue(), "a"))], Context("r-1", Deadline.after(60))
+        )
+        picture = Image.open(io.BytesIO(image.data))
+        assert (picture.format, picture.size, dict(picture.getexif())) == (sent, (64, 32), {})
+        await service.close()
+
+    async def test_ours_get_the_bytes_as_they_came(self, gateway: Gateway) -> None:
+        await gateway.caption(image=base64.b64encode(PNG).decode())
+        assert gateway.describe.calls[0].inputs[0].data == (PNG,)
+
+    async def test_each_step_has_its_key_protocol_and_breaker(self) -> None:
+        service = PipelineService(
+            settings(enhance_url="http://b/v1", enhance_protocol="openai", enhance_api_key="sk", step_api_key="k")
+        )
+        assert set(service.breakers) == {"caption", "enhance"}
+        keys = [step._key() for step in (service._caption, service._enhance)]  # type: ignore[union-attr]
+        assert keys == [{"x-api-key": "k"}, {"authorization": "Bearer sk"}]
+        await service.close()
+
+
+async def test_a_smaller_look_is_told_by_every_protocol(gateway: Gateway) -> None:
+    said = gateway.describe.parameters() | {"downscaled": True}
+    answer = v2.InferResponse("describe", (v2.Tensor.of_texts("text", [CAPTION]),), said)
+    gateway.describe.reply = lambda call: httpx.Response(200, content=v2.render_response(answer, call)[0])
+    assert (await gateway.caption(s3_uri=URI))["downscaled"] is True
+    results = await gateway.run([wanted(ImageBytes(PNG))])
+    assert gateway.service.to_v1(results)["predictions"][0]["downscaled"] is True
+    assert gateway.service.to_v2(results).parameters["downscaled"] is True
 
 
 async def test_the_service_builds_its_own_parts() -> None:

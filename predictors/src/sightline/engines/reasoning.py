@@ -10,7 +10,7 @@ leaves the control tokens in the text, or drops them and leaves the words:
 
 import re
 
-_FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>(.*?)(?:<\||\Z)", re.DOTALL)
+_FINAL = re.compile(r"<\|channel\|>\s*final\b(?:(?!<\|channel\|>).)*?<\|message\|>(.*?)(?:<\||\Z)", re.DOTALL)
 _FLAT = re.compile(r"(?:assistant)?(?:analysis|commentary)(?=[A-Z\"'\u201c]).*?(?:assistantfinal(.*)|\Z)", re.DOTALL)
 _BARE_FINAL = re.compile(r"(?:assistant)?final(?=[A-Z\"'\u201c])")
 _MARKS = ("<|", "<think", "assistant", "analysis", "commentary", "final")
@@ -22,7 +22,7 @@ def final_of(text: str) -> str:
     if "<|" in text:
         finals = _FINAL.findall(text)
         if finals:
-            return finals[-1].strip()
+            return next((final.strip() for final in finals if final.strip()), "")
         return "" if "<|channel|>" in text else text.partition("<|")[0].strip()
     if "</think>" in text:
         return text.rpartition("</think>")[2].strip()
@@ -43,18 +43,20 @@ class Filter:
     def __init__(self) -> None:
         self.text = ""
         self._is_open = False
+        self._shown = 0
 
     def feed(self, piece: str) -> str:
-        """What may be shown now."""
+        """What may be shown now: nothing behind a control token, nor what may become one."""
         self.text += piece
-        if self._is_open:
-            return piece
-        start = self.text.lstrip()
-        if not start or any(mark.startswith(start) or start.startswith(mark) for mark in _MARKS):
-            return ""
-        self._is_open = True
-        return start
-
-    def rest(self) -> str:
-        """What may be shown in the end of what was held back."""
-        return "" if self._is_open else final_of(self.text)
+        if not self._is_open:
+            start = self.text.lstrip()
+            if not start or any(mark.startswith(start) or start.startswith(mark) for mark in _MARKS):
+                return ""
+            self._is_open = True
+            self._shown = len(self.text) - len(start)
+        end = self.text.find("<|", self._shown)
+        if end < 0:
+            end = len(self.text) - self.text.endswith("<")
+        new = self.text[self._shown : end]
+        self._shown = end
+        return new

@@ -298,20 +298,20 @@ class PipelineService:
                 async for part in events:
                     yield part
                 return
-            has_told = False
+            told = ""
             result = await anext(events)
             async for part in events:
                 if isinstance(part, str):
-                    has_told = True
+                    told += part
                     yield part
                 else:
                     result = part
         assert isinstance(result, ChainResult)  # noqa: S101 - a chain begins and ends with one
         _logged(result, context)
-        if not has_told:
-            yield result.caption
-        elif result.enhancement_error is not None:
+        if told and result.enhancement_error is not None:
             raise Unavailable(result.enhancement_error.message, code=result.enhancement_error.code)
+        if result.caption.startswith(told) and (rest := result.caption[len(told) :]):
+            yield rest
         yield as_completion(result)
 
     # --- V1 and V2 -------------------------------------------------------------------------------------------------
