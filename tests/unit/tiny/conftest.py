@@ -1,10 +1,10 @@
-"""The two checkpoints, loaded once for the folder."""
+"""The small checkpoints, loaded once for the folder."""
 
 from __future__ import annotations
 
 import pytest
 
-from sightline.tiny import DESCRIBE, ENHANCE
+from sightline.tiny import DESCRIBE, ENHANCE, GENERATE
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +23,12 @@ def enhancer():
     if not (ENHANCE / "model.safetensors").exists():
         pytest.fail("tiny/enhance holds no checkpoint: run python -m sightline.tiny train enhance")
     return report.load_enhancer()
+
+
+@pytest.fixture(scope="session")
+def generator():
+    from sightline.tiny import answers
+
+    if not (GENERATE / "model.safetensors").exists():
+        pytest.fail("tiny/generate holds no checkpoint: run python -m sightline.tiny train generate")
+    return answers.load()

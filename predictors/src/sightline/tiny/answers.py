@@ -86,7 +86,7 @@ def ask(generator: Loaded, count: int, seed: int, kind: Kind) -> list[Answer]:
         shown: list[scenes.Scene] = []
         if kind in ("one object", "two objects", "held-out caption"):
             shown = [_draw(rng, 1 if kind == "one object" else 2, only_held_out=kind == "held-out caption")]
-            prompt = dialogue.DESCRIBE_PROMPTS[number % len(dialogue.DESCRIBE_PROMPTS)]
+            prompt = dialogue.PRESETS[number % len(dialogue.PRESETS)]
             true = scenes.caption(shown[0])
         elif kind == "text alone":
             prompt, true = dialogue.draw_text(rng)

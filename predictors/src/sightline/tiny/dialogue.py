@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sightline import wire
 from sightline.tiny import scenes
 
 ABOUT = "I am a small demonstration model. I describe coloured shapes."
@@ -30,7 +31,13 @@ DESCRIBE_PROMPTS = (
     "for pictures. Name a person, brand, work or place only when you are certain. No hashtags, no opinions, no camera "
     "data.",
 )
-"""The prompts of the describe service's presets as they were when this model was trained."""
+"""The three shortest presets. The tokenizer is trained on them and on `OTHER_PROMPTS`; other words make another."""
+PRESETS = (
+    DESCRIBE_PROMPTS[0],
+    DESCRIBE_PROMPTS[1],
+    *(p for p in wire.PRESETS.values() if p not in DESCRIBE_PROMPTS[:2]),
+)
+"""Every prompt that a service writes by itself, the two commonest first."""
 OTHER_PROMPTS = (
     "What is in this picture?",
     "What is in this image?",
@@ -142,18 +149,22 @@ def describe_answer(shown: Sequence[scenes.Scene]) -> str:
 
 
 def draw_noise(rng: np.random.Generator) -> str:
-    """Words or letters without a meaning."""
-    if rng.random() < 0.8:
-        words = [str(rng.choice(_FILLER)) for _ in range(int(rng.integers(1, 24)))]
+    """Words, letters or one run of a letter, without a meaning."""
+    kind = rng.random()
+    if kind < 0.7:
+        words = rng.choice(_FILLER, int(rng.integers(1, 24 if kind < 0.55 else 70))).tolist()
         return " ".join(words).capitalize() + str(rng.choice(["", ".", "?"]))
-    return "".join(str(rng.choice(list(_LETTERS + "  ,.ABC019é"))) for _ in range(int(rng.integers(1, 50))))
+    if kind < 0.9:
+        return "".join(rng.choice(list(_LETTERS + "  ,.ABC019éß日本🙂-_<>{}"), int(rng.integers(1, 60))).tolist())
+    return str(rng.choice(list(_LETTERS + "A 0."))) * int(rng.integers(1, 160))
 
 
 def draw_describe_prompt(rng: np.random.Generator) -> str:
     """Any wording that is not a which-question."""
     kind = rng.random()
     if kind < 0.50:
-        return DESCRIBE_PROMPTS[int(rng.choice(3, p=[0.4, 0.35, 0.25]))]
+        rare = len(PRESETS) - 2
+        return PRESETS[int(rng.choice(len(PRESETS), p=[0.3, 0.25, *[0.45 / rare] * rare]))]
     if kind < 0.86:
         return OTHER_PROMPTS[int(rng.integers(len(OTHER_PROMPTS)))]
     return draw_noise(rng)
@@ -182,7 +193,7 @@ def draw_comparison(rng: np.random.Generator) -> tuple[str, str]:
     if rng.random() < 0.15:
         sizes[1] = sizes[0]
     things: list[str] = []
-    coloured = bool(rng.random() < 0.4)
+    coloured = bool(rng.random() < 0.6)
     for size in sizes:
         colour = f"{rng.choice(list(scenes.COLOURS))} " if coloured else ""
         things.append(f"a {size} {colour}{rng.choice(scenes.SHAPES)}")
@@ -202,8 +213,10 @@ def draw_text(rng: np.random.Generator) -> tuple[str, str]:
         return str(rng.choice(NAME)).format(str(rng.choice(words))), answer
     if kind < 0.82:
         return ABOUT_PROMPTS[int(rng.integers(len(ABOUT_PROMPTS)))], ABOUT
-    if kind < 0.9:
-        return str(rng.choice(DESCRIBE_PROMPTS + OTHER_PROMPTS)), ABOUT
+    if kind < 0.87:
+        return str(rng.choice(PRESETS + OTHER_PROMPTS)), ABOUT
+    if kind < 0.92:
+        return str(rng.choice(WHICH)).format(draw_query(rng, [scenes.draw_scene(rng)]).words), ABOUT
     return draw_noise(rng), ABOUT
 
 
