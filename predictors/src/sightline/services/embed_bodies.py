@@ -204,7 +204,7 @@ def _openai_input(item: object) -> EmbedRequest:
         return EmbedRequest(query_in(item))
     if isinstance(item, dict):
         part = cast("Mapping[str, object]", item)
-        if part.get("type") in {"text", "input_text"} or ("text" in part and "type" not in part):
+        if part.get("type") in ("text", "input_text") or ("text" in part and "type" not in part):
             return EmbedRequest(query_in(part.get("text")))
         return EmbedRequest(image_in(part))
     raise BadRequest("Token ids are not taken: send text.", code="invalid_input")

@@ -59,11 +59,10 @@ _PAGE: Json = {
     "embedding": _EMBEDDING,
     "shape": _SHAPE,
     "image_patch_start": {
-        "type": "integer",
-        "nullable": True,
+        "type": ["integer", "null"],
         "description": "First vector that stands for a patch; the sequence has no padding.",
     },
-    "image_patch_len": {"type": "integer", "nullable": True},
+    "image_patch_len": {"type": ["integer", "null"]},
     "n_patches_x": _WHOLE,
     "n_patches_y": _WHOLE,
     "downscaled": {"type": "boolean", "description": "The page was seen at half its pixels, for lack of memory."},
@@ -103,7 +102,7 @@ GREET = _answers({"message": {"type": "string"}, "version": {"type": "string"}})
 HEALTH = _answers(
     {
         "status": {"type": "string", "enum": ["healthy"]},
-        "device": {"type": "string", "nullable": True, "description": "cuda:0, cpu; null while the model loads."},
+        "device": {"type": ["string", "null"], "description": "cuda:0, cpu; null while the model loads."},
     }
 )
 
@@ -146,8 +145,8 @@ PATCHES = _answers(
             "type": "array",
             "items": _object(
                 {
-                    "width": {"type": "integer", "nullable": True},
-                    "height": {"type": "integer", "nullable": True},
+                    "width": {"type": ["integer", "null"]},
+                    "height": {"type": ["integer", "null"]},
                     "n_patches_x": _WHOLE,
                     "n_patches_y": _WHOLE,
                     "error": {"type": "string", "description": "Instead of the patches, when this size is bad."},

@@ -210,7 +210,7 @@ class EmbedRoutes:
 
     def _check_openai(self, fields: Mapping[str, object]) -> None:
         model = fields.get("model")
-        if model is not None and model not in {self._service.name, self._service.model.info.name}:
+        if model is not None and model not in (self._service.name, self._service.model.info.name):
             raise NotFound("No such model.", code="model_not_found")
         dimensions = fields.get("dimensions")
         if dimensions is not None and dimensions != self._service.model.dim:

@@ -41,7 +41,7 @@ class Encoding:
         if form not in get_args(Format):
             raise InvalidParameter("encoding_format must be float, base64 or binary.")
         dtype = options.get("dtype") or default.dtype
-        if dtype not in _NUMBERS:
+        if dtype not in get_args(Dtype):
             raise InvalidParameter("dtype must be float16 or float32.")
         return cls(cast("Format", form), cast("Dtype", dtype))
 
@@ -79,7 +79,7 @@ def decode(value: object, dim: int, what: str) -> Vectors:
 
 
 def _from_base64(text: str, dtype: object, dim: int, what: str) -> Vectors:
-    if dtype not in _NUMBERS:
+    if dtype not in get_args(Dtype):
         raise _invalid(what, "must have the dtype float16 or float32")
     try:
         data = base64.b64decode(text, validate=True)
