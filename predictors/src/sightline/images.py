@@ -182,11 +182,9 @@ def decode(data: bytes, limits: Limits, *, max_width: int | None = None, max_hei
         return picture
 
 
-def shrunk(picture: Image.Image, pixels: float) -> Image.Image:
-    """The same picture with at most about so many pixels, keeping its aspect, by LANCZOS. Blocks."""
+def scaled(picture: Image.Image, pixels: float) -> Image.Image:
+    """The same picture with about so many pixels, keeping its aspect, by LANCZOS. Blocks."""
     scale = math.sqrt(pixels / (picture.width * picture.height))
-    if scale >= 1:
-        return picture
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS)
 

@@ -20,7 +20,7 @@ from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
-from sightline.images import shrunk
+from sightline.images import scaled
 from sightline.models.loading import (
     Quantization,
     as_plain_text,
@@ -95,7 +95,7 @@ class QwenVL:
         images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
         options: dict[str, Any] = {}
         if at_half:
-            images = [shrunk(image, self._seen_pixels(image) / 2) for image in images]
+            images = [scaled(image, self._seen_pixels(image) / 2) for image in images]
             longest = self._processor.image_processor.size["longest_edge"]
             options["images_kwargs"] = {"size": {"shortest_edge": self._patch_side**2, "longest_edge": longest}}
         inputs = self._processor(text=[text], images=images, return_tensors="pt", **options)

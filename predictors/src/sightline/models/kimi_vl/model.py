@@ -7,6 +7,7 @@ Traps    the published chat template adds a system turn where a conversation has
          Text is tokenised apart from control tokens, so that a prompt holding `[EOS]` or `<|media_pad|>` holds text.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
-from sightline.images import shrunk
+from sightline.images import scaled
 from sightline.models.kimi_vl.processing import control_ids
 from sightline.models.kimi_vl.quantize import Room, Scheme, bytes_per_dtype
 from sightline.models.loading import LoadFailed, check_kind, check_length, model_info
@@ -76,7 +77,8 @@ class KimiVL:
             **where,
         )
         self._ids = control_ids(self._tokenizer, self._model.config.image_token_id)
-        self._text: Any = self._tokenizer.backend_tokenizer
+        # A copy of its own: transformers sets this switch anew at every call of the tokenizer.
+        self._text: Any = copy.deepcopy(self._tokenizer.backend_tokenizer)
         self._text.encode_special_tokens = True  # control tokens in a text are text
         self._eos = _eos_token_ids(self._model, self._ids)
         self._pad = int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos[0])
@@ -98,7 +100,7 @@ class KimiVL:
         """
         images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
         if at_half:
-            images = [shrunk(image, self._seen_pixels(image) / 2) for image in images]
+            images = [scaled(image, self._seen_pixels(image) / 2) for image in images]
         pixels, grids = self._patches(images)
         counts = [int(grid.prod()) // self._image_processor.merge_size**2 for grid in grids]
         if len(counts) != len(images) or 0 in counts:
