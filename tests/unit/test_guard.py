@@ -274,6 +274,10 @@ class TestKeys:
             "/openapi.json",
             "/metrics",
             "/v2",
+            "/v1/models",
+            "/v1/models/describe",
+            "/v1/chat/completions",
+            "/openai/v1/models",
             "/v2/models",
             "/v2/models/describe",
             "/v2/models/describe/infer",
@@ -338,7 +342,19 @@ class TestTraces:
     VALID = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
     @pytest.mark.parametrize(
-        ("given", "kept"), [(VALID, VALID), (None, None), ("", None), ("00-xyz", None), (VALID.upper(), None)]
+        ("given", "kept"),
+        [
+            (VALID, VALID),
+            (None, None),
+            ("", None),
+            ("00-xyz", None),
+            (VALID.upper(), None),
+            ("00-" + "0" * 32 + "-b7ad6b7169203331-01", None),
+            ("00-0af7651916cd43dd8448eb211c80319c-" + "0" * 16 + "-01", None),
+            ("ff" + VALID[2:], None),
+            (VALID + "-more", None),
+            ("01" + VALID[2:] + "-more", "01" + VALID[2:] + "-more"),
+        ],
     )
     async def test_are_handed_on_as_they_came(self, given: str | None, kept: str | None) -> None:
         keeper = Keeper()
@@ -346,6 +362,41 @@ class TestTraces:
         await ask(guarded(keeper), headers=[] if given is None else [("traceparent", given)])
 
         assert keeper.context.traceparent == kept
+
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [
+            ([], None),
+            (["a=1"], "a=1"),
+            (["a=1", "b=2,c=3"], "a=1,b=2,c=3"),
+            (["a=" + "x" * 511], None),
+            (["a=é"], None),
+        ],
+        ids=lambda value: str(value)[:20],
+    )
+    async def test_come_with_what_tracing_systems_add(self, given: list[str], kept: str | None) -> None:
+        keeper = Keeper()
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+        await ask(guarded(keeper), headers=[("traceparent", trace), *(("tracestate", value) for value in given)])
+
+        assert keeper.context.tracestate == kept
+
+    async def test_that_are_none_take_their_additions_with_them(self) -> None:
+        keeper = Keeper()
+
+        await ask(guarded(keeper), headers=[("traceparent", "00-0-0-00"), ("tracestate", "a=1")])
+
+        assert keeper.context.tracestate is None
+
+    async def test_are_in_the_log_by_their_id(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "sightline.access")
+
+        await ask(
+            guarded(Keeper()), headers=[("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")]
+        )
+
+        assert "trace_id=0af7651916cd43dd8448eb211c80319c" in caplog.text
 
 
 class TestBodies:
@@ -410,6 +461,32 @@ class TestErrors:
         assert answer.status == 400
         assert answer.headers["content-type"] == "application/json"
         assert answer.json == {key: "This is no image.", "code": "invalid_image", "request_id": "r"}
+
+    @pytest.mark.parametrize(
+        "path",
+        ["/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/describe", "/openai/v1/models", "/v1"],
+    )
+    async def test_are_openai_s_where_its_routes_are(self, path: str) -> None:
+        answer = await ask(guarded(raising(InvalidParameter("No."))), path, headers=[("X-Request-Id", "r")])
+
+        assert answer.status == 400, "OpenAI has no 422"
+        assert answer.json == {
+            "error": {"message": "No.", "type": "invalid_request_error", "param": None, "code": "invalid_parameter"},
+            "request_id": "r",
+        }
+
+    @pytest.mark.parametrize(
+        ("error", "kind"),
+        [
+            (QueueFull("Later."), "rate_limit_error"),
+            (Unavailable("Later."), "server_error"),
+            (ValueError(), "server_error"),
+            (NotFound("No."), "invalid_request_error"),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    async def test_have_openai_s_type_there(self, error: Exception, kind: str) -> None:
+        assert (await ask(guarded(raising(error)), "/v1/models")).json["error"]["type"] == kind
 
     @pytest.mark.parametrize(
         ("error", "status", "code"),
