@@ -56,7 +56,7 @@ _WHY: Mapping[int, str] = {
     507: "The image does not fit the device.",
 }
 _OF_ALL = (400, 403, 422, 500)
-_OF_WORK = (404, 413, 429, 501, 502, 503, 504, 507)
+_OF_WORK = (404, 413, 429, 502, 503, 504, 507)
 _OPENAI_WITHOUT = 422
 """OpenAI's routes say 400 instead."""
 

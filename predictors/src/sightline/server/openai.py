@@ -81,6 +81,7 @@ class OpenAI:
     def router(self) -> APIRouter:
         """All routes; `include` it before KServe adds its own `/v1/models`."""
         router = APIRouter(tags=["OpenAI"])
+        chats = any(hasattr(model.service, "from_chat") for model in self._models.values())
         for prefix in PREFIXES:
             shown: dict[str, Any] = {"include_in_schema": prefix == PREFIXES[0], "response_model": None}
             router.add_api_route(
@@ -89,7 +90,7 @@ class OpenAI:
                 methods=["POST"],
                 openapi_extra=_CHAT_OPENAPI,
                 responses=_CHAT_ANSWERS,
-                **shown,
+                **shown | {"include_in_schema": chats and prefix == PREFIXES[0]},
             )
             router.add_api_route(f"{prefix}/models", self._list, methods=["GET"], **shown)
             router.add_api_route(f"{prefix}/models/{{model_name}}", self._retrieve, methods=["GET"], **shown)

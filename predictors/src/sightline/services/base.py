@@ -6,9 +6,10 @@ The server (the only importer of kserve) wraps a `Service` into a KServe `Model`
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast, get_args
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 
 from sightline import v2
 from sightline.errors import BadRequest, InvalidParameter, SightlineError
@@ -139,9 +140,15 @@ def context_of(request: Request) -> Context:
     return cast("Context", request.state.context)
 
 
-async def health() -> dict[str, str]:
+class Health(BaseModel):
+    """Contracts B8 and E1."""
+
+    status: Literal["healthy"] = "healthy"
+
+
+async def health() -> Health:
     """`GET /health` of a model (contracts B8, E1): alive, whatever the model is doing."""
-    return {"status": "healthy"}
+    return Health()
 
 
 def demo_fields(model: ModelInfo) -> Json:

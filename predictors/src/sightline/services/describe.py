@@ -189,7 +189,13 @@ class DescribeService:
             openapi_extra=_RUN_OPENAPI,
             response_model=None,
         )
-        router.add_api_route("/api/v1/status/{run_id}", self._get_status, methods=["GET"], response_model=None)
+        router.add_api_route(
+            "/api/v1/status/{run_id}",
+            self._get_status,
+            methods=["GET"],
+            openapi_extra={"responses": _RUN_ANSWERS},
+            response_model=None,
+        )
         router.add_api_route("/health", health, methods=["GET"])
         return router
 
@@ -366,7 +372,46 @@ def _retry_after(state: RunState) -> dict[str, str]:
     return {"Retry-After": str(max(1, round(seconds)))} if seconds else {}
 
 
+_RUN_ANSWERS: Json = {
+    "200": {
+        "description": "The run; its output once it is COMPLETED, detail and code when it is FAILED.",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["status", "output"],
+                    "properties": {
+                        "id": {"type": "string", "format": "uuid", "description": "Of everything but a warm-up."},
+                        "status": {
+                            "enum": ["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
+                        },
+                        "output": {
+                            "oneOf": [
+                                {"type": "null"},
+                                {
+                                    "type": "object",
+                                    "required": ["status", "message", "data"],
+                                    "properties": {
+                                        "status": {"const": "COMPLETED"},
+                                        "message": {"const": MESSAGE},
+                                        "data": {"type": "string", "description": "The description."},
+                                    },
+                                },
+                            ]
+                        },
+                        "detail": {"type": "string"},
+                        "code": {"type": "string"},
+                        "demo_model": {"type": "boolean"},
+                        "model": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
+}
+
 _RUN_OPENAPI: Json = {
+    "responses": _RUN_ANSWERS,
     "parameters": [
         {
             "name": "wait",
@@ -386,7 +431,10 @@ _RUN_OPENAPI: Json = {
             "application/json": {
                 "schema": {
                     "type": "object",
-                    "required": ["image_url"],
+                    "anyOf": [
+                        *({"required": [name]} for name in ("image_url", "image_urls", "s3_uri", "input")),
+                        {"required": ["action"], "properties": {"action": {"const": "warmup"}}},
+                    ],
                     "properties": {
                         "image_url": {
                             "type": "string",
@@ -399,7 +447,7 @@ _RUN_OPENAPI: Json = {
                             "description": "Several images for one description, instead of or behind `image_url`.",
                         },
                         "s3_uri": {"type": "string", "pattern": "^s3://"},
-                        "prompt": {"type": "string", "nullable": True},
+                        "prompt": {"type": ["string", "null"]},
                         "preset": {"type": "string", "enum": list(PRESETS)},
                         "max_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS_CEILING},
                         "temperature": {"type": "number", "minimum": 0, "maximum": 2},
@@ -423,6 +471,7 @@ _RUN_OPENAPI: Json = {
                     },
                 }
             },
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
         },
     },
 }
