@@ -1,4 +1,4 @@
-"""What FastAPI cannot know for the OpenAPI document: the errors of every operation, and the answers of the protocols."""
+"""What FastAPI cannot know of the OpenAPI document: errors of every operation, and the answers of the protocols."""
 
 from collections.abc import Mapping
 from typing import Any

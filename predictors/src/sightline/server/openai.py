@@ -84,13 +84,14 @@ class OpenAI:
         chats = any(hasattr(model.service, "from_chat") for model in self._models.values())
         for prefix in PREFIXES:
             shown: dict[str, Any] = {"include_in_schema": prefix == PREFIXES[0], "response_model": None}
+            chat_shown: dict[str, Any] = shown | {"include_in_schema": chats and prefix == PREFIXES[0]}
             router.add_api_route(
                 f"{prefix}/chat/completions",
                 self._chat,
                 methods=["POST"],
                 openapi_extra=_CHAT_OPENAPI,
                 responses=_CHAT_ANSWERS,
-                **shown | {"include_in_schema": chats and prefix == PREFIXES[0]},
+                **chat_shown,
             )
             router.add_api_route(f"{prefix}/models", self._list, methods=["GET"], **shown)
             router.add_api_route(f"{prefix}/models/{{model_name}}", self._retrieve, methods=["GET"], **shown)
