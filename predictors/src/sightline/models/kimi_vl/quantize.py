@@ -238,7 +238,7 @@ def bytes_per_dtype(model: Any) -> dict[str, int]:  # noqa: ANN401
     """How many bytes of weights, scales included, a model holds in which type; nf4's two a byte count as `nf4`."""
     sizes: Counter[str] = Counter()
     for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        for tensor in _weights(module):
             is_nf4 = isinstance(module, Nf4Matrices) and tensor.dtype == torch.uint8
             sizes["nf4" if is_nf4 else str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(sizes.most_common())
@@ -259,7 +259,7 @@ def _assign(model: Any, scheme: Scheme, dtype: torch.dtype, rooms: Sequence[Room
     for name, module in model.named_modules():
         match = _EXPERTS.fullmatch(name)
         held = scheme if match or _is_quantised_linear(name, module) else "none"
-        size = sum(_size(parameter, held, dtype) for parameter in module.parameters(recurse=False))
+        size = sum(_size(tensor, held, dtype) for tensor in _weights(module))
         if match:
             experts[int(match[1])] = size
         else:
@@ -276,6 +276,13 @@ def _assign(model: Any, scheme: Scheme, dtype: torch.dtype, rooms: Sequence[Room
         free[at] -= size
         assigned[layer] = rooms[at]
     return assigned
+
+
+def _weights(module: Any) -> list[Tensor]:  # noqa: ANN401
+    """A module's own parameters and buffers, without tables that follow from the configuration."""
+    derived = module._non_persistent_buffers_set
+    buffers = (tensor for name, tensor in module.named_buffers(recurse=False) if name not in derived)
+    return [*module.parameters(recurse=False), *buffers]
 
 
 def _size(tensor: Tensor, scheme: Scheme, dtype: torch.dtype) -> int:
