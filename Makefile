@@ -27,6 +27,10 @@ test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
 	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part))
 
+.PHONY: conformance
+conformance: .venv/.dev ## The conformance table of our six models and of stock KServe, into docs/ and the README
+	@$(BIN)/python tests/conformance/table.py --write
+
 .PHONY: tiny
 tiny: .venv/.dev ## Train the small checkpoints again from SEED and report (estimated: 105 minutes on two cores)
 	@$(BIN)/python -m sightline.tiny train all --seed $(or $(SEED),0)
