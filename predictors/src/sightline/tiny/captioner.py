@@ -337,6 +337,8 @@ def _work(blocks_out: Queue[list[Sample]], seed: int, blocks: range) -> None:
                 break
             except queue.Full:
                 continue
+        else:
+            return
 
 
 RETURNS = (0, 7, 19)

@@ -473,6 +473,8 @@ def _work(blocks_out: Queue[list[Sample]], tokenizer_json: str, seed: int, block
                 break
             except queue.Full:
                 continue
+        else:
+            return
 
 
 RETURNS = (0, 7, 19)
