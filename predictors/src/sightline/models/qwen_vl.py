@@ -95,9 +95,10 @@ class QwenVL:
         images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
         options: dict[str, Any] = {}
         if at_half:
-            images = [scaled(image, self._seen_pixels(image) / 2) for image in images]
-            longest = self._processor.image_processor.size["longest_edge"]
-            options["images_kwargs"] = {"size": {"shortest_edge": self._patch_side**2, "longest_edge": longest}}
+            budgets = [self._seen_pixels(image) // 2 for image in images]
+            images = [scaled(image, budget) for image, budget in zip(images, budgets, strict=True)]
+            size = {"shortest_edge": self._patch_side**2, "longest_edge": max(budgets)}
+            options["images_kwargs"] = {"size": size}
         inputs = self._processor(text=[text], images=images, return_tensors="pt", **options)
         input_ids = inputs["input_ids"][0]
         image_tokens = int((input_ids == self._image_token_id).sum())
