@@ -1,14 +1,18 @@
 """What generating services share: work together, in time, and answers in order."""
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 
 import pytest
 
-from sightline.engines.base import Generated
+from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
+from sightline.engines.text import Detokenizer
 from sightline.errors import DeadlineExceeded, InvalidImage, SightlineError
 from sightline.services.base import together
-from sightline.services.generation import completion, parameters_of, within
-from sightline.wire import Completion, Deadline, ModelInfo, Usage
+from sightline.services.generation import Generation, completion, parameters_of, within
+from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, Usage
 
 DEMO = ModelInfo("sightline-tiny", "abc", demo=True)
 
@@ -120,3 +124,154 @@ def test_a_completion_counts_what_was_generated() -> None:
     assert made.usage == Usage(prompt_tokens=20, completion_tokens=3, image_tokens=9, reasoning_tokens=2)
     assert made.finish_reason == "length"
     assert made.milliseconds > 0
+
+
+class Typist:
+    """A model that answers with its prompt, a byte a token; `pause` is called before each but the first."""
+
+    info = DEMO
+    runtime = Runtime("fake", "cpu", "none")
+
+    def __init__(self) -> None:
+        self.pause: Callable[[int], None] = lambda number: None
+        self.typed: list[int] = []
+
+    def generate(
+        self,
+        batch: Sequence[str],
+        sampling: Sampling,
+        is_abandoned: IsAbandoned,
+        on_token: OnToken | None = None,
+    ) -> list[Generated]:
+        return [self._type(row, text, is_abandoned, on_token) for row, text in enumerate(batch)]
+
+    def _type(self, row: int, text: str, is_abandoned: IsAbandoned, on_token: OnToken | None) -> Generated:
+        typed: list[int] = []
+        for number, token in enumerate(text.encode("utf-8", "surrogateescape")):
+            if number:
+                self.pause(number)
+            if is_abandoned(row):
+                break
+            typed.append(token)
+            if on_token is not None:
+                on_token(row, token)
+        self.typed.append(len(typed))
+        return Generated(tuple(typed), "length", prompt_tokens=3)
+
+    def text(self, generated: Generated) -> str:
+        return decoded(generated.token_ids).strip()
+
+    def reader(self) -> Detokenizer:
+        return Detokenizer(decoded)
+
+
+def decoded(ids: Sequence[int]) -> str:
+    return bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture
+async def typing() -> AsyncIterator[Generation[Typist]]:
+    generation = Generation(Typist, max_batch=4, threads=1)
+    await generation.start()
+    yield generation
+    await generation.close()
+
+
+def told(generation: Generation[Typist], text: str, stop: tuple[str, ...] = ()):
+    model = generation.model
+    return generation.stream(
+        text,
+        Sampling(stop=stop),
+        Context("id", Deadline.after(10)),
+        lambda raw: completion(model.text(raw), raw, DEMO, 0),
+    )
+
+
+async def both(generation: Generation[Typist], text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], Completion]:
+    """The streamed pieces and their whole, which must be that of a request that is not streamed."""
+    parts = [part async for part in told(generation, text, stop)]
+    (raw,) = await generation.generate_all([(text, Sampling(stop=stop))], Context("id", Deadline.after(10)))
+    plain = completion(generation.model.text(raw), raw, DEMO, 0)
+    whole = parts.pop()
+    assert isinstance(whole, Completion)
+    assert (plain.text, plain.usage, plain.finish_reason) == (whole.text, whole.usage, whole.finish_reason)
+    pieces = [part for part in parts if isinstance(part, str)]
+    assert "".join(pieces) == whole.text
+    assert all(pieces)
+    return pieces, whole
+
+
+class TestStreams:
+    @pytest.mark.parametrize("text", ["", " ", "a", "  a red  circle \n", "日本語 🙂!", "x" * 200])
+    async def test_are_the_text_of_the_same_request_unstreamed(self, typing: Generation[Typist], text: str) -> None:
+        _, whole = await both(typing, text)
+
+        assert whole.text == text.strip()
+        assert whole.usage.completion_tokens == len(text.encode())
+
+    async def test_end_with_what_nothing_made_whole(self, typing: Generation[Typist]) -> None:
+        _, whole = await both(typing, "ok \udcf0\udc9f")
+
+        assert whole.text == "ok \ufffd"
+
+    @pytest.mark.parametrize(
+        ("stop", "text"), [(("circle",), "a red"), ((" c", "d"), "a re"), (("x",), "a red circle"), (("a",), "")]
+    )
+    async def test_end_before_a_stop_sequence(
+        self, typing: Generation[Typist], stop: tuple[str, ...], text: str
+    ) -> None:
+        _, whole = await both(typing, "a red circle", stop)
+
+        assert whole.text == text
+        assert whole.finish_reason == ("length" if stop == ("x",) else "stop")
+
+    async def test_a_stop_sequence_ends_the_work(self, typing: Generation[Typist]) -> None:
+        """The model is held at the fourth token until the event loop has read the third."""
+        loop, has_stopped = asyncio.get_running_loop(), threading.Event()
+
+        def pause(number: int) -> None:
+            if number == 3:
+                loop.call_soon_threadsafe(has_stopped_soon)
+                assert has_stopped.wait(10)
+
+        def has_stopped_soon(rounds: int = 20) -> None:
+            loop.call_soon(has_stopped_soon, rounds - 1) if rounds else has_stopped.set()
+
+        typing.model.pause = pause
+        parts = [part async for part in told(typing, "abcdef", ("c",))]
+
+        assert parts[-1].text == "ab"  # type: ignore[union-attr]
+        assert parts[-1].usage.completion_tokens == 3  # type: ignore[union-attr]
+        assert typing.model.typed == [3]
+
+    async def test_closing_one_ends_the_work(self, typing: Generation[Typist]) -> None:
+        is_closed = threading.Event()
+        typing.model.pause = lambda number: None if number < 2 else (is_closed.wait(10), None)[1]
+
+        async with aclosing(told(typing, "abcdef")) as parts:
+            assert await anext(parts) in {"a", "ab"}
+        is_closed.set()
+        await both(typing, "next")
+
+        assert typing.model.typed[0] == 2
+
+    async def test_a_whole_that_cannot_be_made_is_an_error_behind_the_pieces(self, typing: Generation[Typist]) -> None:
+        def fail(raw: Generated) -> Completion:
+            raise InvalidImage("no")
+
+        parts = typing.stream("ab", Sampling(), Context("id", Deadline.after(10)), fail)
+        got: list[object] = []
+
+        async def read() -> None:
+            async for part in parts:
+                got.append(part)
+
+        with pytest.raises(InvalidImage):
+            await read()
+        assert "".join(map(str, got)) == "ab"
+
+
+def test_a_stop_sequence_cuts_the_text_at_its_first_occurrence() -> None:
+    generated = Generated((1,), "stop", 1, stopped_at="b")
+
+    assert completion("a b c b", generated, DEMO, started=0).text == "a"
