@@ -342,6 +342,8 @@ class RemoteStep:
         }
         if context.traceparent is not None:
             headers["traceparent"] = _printable(context.traceparent)
+        if context.tracestate is not None:
+            headers["tracestate"] = context.tracestate
         return headers | self._key()
 
     def _key(self) -> dict[str, str]:
