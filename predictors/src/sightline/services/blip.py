@@ -12,8 +12,8 @@ from fastapi.responses import Response
 
 from sightline import v2, web
 from sightline.errors import (
+    BadRequest,
     DeadlineExceeded,
-    InvalidParameter,
     NotFound,
     PayloadTooLarge,
     QueueFull,
@@ -35,25 +35,32 @@ from sightline.services.base import (
     instances_of,
     prompt_of,
     reject_unknown_inputs,
-    s3_source,
     sampling_of,
     spread,
     together,
 )
-from sightline.services.bodies import Body, json_response, read_body
+from sightline.services.blip_bodies import (
+    ASYNC_OPENAPI,
+    BATCH_OPENAPI,
+    CAPTION_OPENAPI,
+    LISTS,
+    STATUS_OPENAPI,
+    Item,
+    images_of_batch,
+    one_image,
+    restored_source,
+    stored_source,
+)
+from sightline.services.bodies import json_response, read_body
 from sightline.services.generation import Generation, completion, parameters_of, predictions_of, texts_of, within
 from sightline.settings import BlipSettings
-from sightline.sources import Sources, parse_source
+from sightline.sources import Sources
 from sightline.wire import (
-    MAX_PROMPT_CHARACTERS,
     Completion,
     Context,
     Deadline,
     ImageBytes,
-    ImagePath,
-    ImageS3,
     ImageSource,
-    ImageUrl,
     Sampling,
     Turn,
 )
@@ -81,14 +88,6 @@ class CaptionRequest:
 class _Prepared:
     prompts: "tuple[tuple[Prompt, Sampling], ...]"
     started: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One image of a batch: how the client called it, and the image or why it is none."""
-
-    echo: Mapping[str, str]
-    image: ImageSource | SightlineError
 
 
 class BlipService:
@@ -199,14 +198,15 @@ class BlipService:
     # --- OpenAI's chat ---
 
     def from_chat(self, turns: Sequence[Turn], options: Mapping[str, object]) -> CaptionRequest:
-        """The one image of the last turn; its text, if any, is continued by the caption.
+        """The one image of the one turn; its text, if any, is continued by the caption.
 
-        Raises InvalidParameter (422): BLIP knows no conversation and no instructions.
+        Raises BadRequest (400): BLIP holds no conversation and follows no instructions.
         """
-        if len(turns) != 1 or turns[0].role != "user" or len(turns[0].images) != 1:
-            raise InvalidParameter(
-                "This model captions one image: send one user message with one image.", code="unsupported_conversation"
-            )
+        if len(turns) != 1 or turns[0].role != "user":
+            raise BadRequest("This model holds no conversation.", code="conversation_unsupported")
+        if len(turns[0].images) != 1:
+            code = "too_many_images" if turns[0].images else "image_missing"
+            raise BadRequest("This model captions one image a request.", code=code)
         prefix = prompt_of(turns[0].text, "text") or ""
         return CaptionRequest(turns[0].images[0], prefix, sampling_of(options, self._defaults))
 
@@ -237,16 +237,16 @@ class BlipService:
         self._run = run
         router = APIRouter(tags=["blip"])
         for path, handler, extra, status in (
-            ("/caption", self._post_caption, _CAPTION_OPENAPI, 200),
-            ("/batch-caption", self._post_batch, _BATCH_OPENAPI, 200),
-            ("/async-batch-caption", self._post_async_batch, _ASYNC_OPENAPI, 202),
+            ("/caption", self._post_caption, CAPTION_OPENAPI, 200),
+            ("/batch-caption", self._post_batch, BATCH_OPENAPI, 200),
+            ("/async-batch-caption", self._post_async_batch, ASYNC_OPENAPI, 202),
         ):
             router.add_api_route(
                 path, handler, methods=["POST"], openapi_extra=extra, response_model=None, status_code=status
             )
         for path in ("/task-status/{task_id}", "/async-batch-caption/status/{task_id}"):
             router.add_api_route(
-                path, self._get_status, methods=["GET"], openapi_extra=_STATUS_OPENAPI, response_model=None
+                path, self._get_status, methods=["GET"], openapi_extra=STATUS_OPENAPI, response_model=None
             )
         router.add_api_route("/health", health, methods=["GET"])
         web.add_page(router)
@@ -256,8 +256,9 @@ class BlipService:
         """Caption one image (contract E2): by its path below the image root, uploaded, or from any other source."""
         started = time.monotonic()
         context = context_of(request)
+        _ = self._generation.model  # 503 while there is none, before the image is read
         body = await read_body(request, self._settings)
-        echo, image = _one_image(body)
+        echo, image = one_image(body)
         (made,) = await self._caption(CaptionRequest(image, *self._options(body.fields)), context)
         answer: Json = {**echo, "caption": made.text}
         if body.uploads:
@@ -276,7 +277,7 @@ class BlipService:
         items, prefix, sampling, is_upload = await self._read_batch(request)
         permits = asyncio.Semaphore(self._settings.max_batch)
 
-        async def one(item: _Item) -> Json:
+        async def one(item: Item) -> Json:
             async with permits:
                 begun = time.monotonic()
                 answer = await self._answer(item, prefix, sampling, context)
@@ -298,7 +299,7 @@ class BlipService:
             {
                 "request_id": context.request_id,
                 "echo": item.echo,
-                "source": _stored_source(item.image),
+                "source": stored_source(item.image),
                 "prefix": prefix,
                 "sampling": asdict(sampling),
             }
@@ -321,17 +322,17 @@ class BlipService:
             raise Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
         return self._batches
 
-    async def _read_batch(self, request: Request) -> tuple[list[_Item], str, Sampling, bool]:
+    async def _read_batch(self, request: Request) -> tuple[list[Item], str, Sampling, bool]:
         """Images, text to continue, sampling, and whether the images were uploaded."""
         limit = self._settings.max_batch_items
         body = await read_body(
             request,
             self._settings,
-            several={"images", *_LISTS},
+            several={"images", *LISTS},
             max_parts=max(self._settings.max_parts, limit + EXTRA_PARTS),
         )
         # Beside the event loop: base64 of a hundred megabytes would stop it.
-        items = await asyncio.to_thread(_images_of_batch, body)
+        items = await asyncio.to_thread(images_of_batch, body)
         if len(items) > limit:
             raise PayloadTooLarge(f"At most {limit} images a request.", code="too_many_items")
         return items, *self._options(body.fields), bool(body.files)
@@ -345,7 +346,7 @@ class BlipService:
                 raise
             raise NotFound(error.message, code=error.code) from error  # contract E2: a bad path is 404
 
-    async def _answer(self, item: _Item, prefix: str, sampling: Sampling, context: Context) -> Json:
+    async def _answer(self, item: Item, prefix: str, sampling: Sampling, context: Context) -> Json:
         """What becomes of one item of a batch; waits while the queue is full. Never raises but for cancellation."""
         try:
             if isinstance(item.image, SightlineError):
@@ -362,7 +363,7 @@ class BlipService:
             request_id=str(stored["request_id"]),
             deadline=Deadline.after(self._settings.job_timeout_seconds),
         )
-        item = _Item(stored["echo"], _restored_source(stored["source"], data))
+        item = Item(stored["echo"], restored_source(stored["source"], data))
         sampling = Sampling(**stored["sampling"] | {"stop": tuple(stored["sampling"]["stop"])})
         return await self._answer(item, stored["prefix"], sampling, context)
 
@@ -381,99 +382,6 @@ async def _patiently(work: Callable[[], Awaitable[Sequence[Completion]]], deadli
 _PREFIX_NAMES = ("text", "prefix", "prompt")
 
 
-def _one_image(body: Body) -> tuple[Json, ImageSource]:
-    """The image of a single request, and what of the request the answer repeats. Raises InvalidParameter (422)."""
-    for name in ("image", "file"):
-        if name in body.uploads:
-            upload = body.uploads[name]
-            return {"filename": upload.filename} if upload.filename else {}, upload
-    for name in ("image_path", "image_url", "s3_uri", "image", "image_bytes", "b64"):
-        value = body.fields.get(name)
-        if isinstance(value, str) and value.strip():
-            return _echo(name, value), _source(name, value)
-        if value is not None and not isinstance(value, str):
-            raise InvalidParameter(f"{name} must be text.")
-    raise InvalidParameter("image_path or an uploaded image is required.", code="image_missing")
-
-
-_LISTS: Mapping[str, str] = {
-    "image_paths": "image_path",
-    "image_urls": "image_url",
-    "s3_uris": "s3_uri",
-    "images": "image",
-}
-"""Names of the lists that a batch can be, and how each item's answer calls what it was."""
-
-
-def _images_of_batch(body: Body) -> list[_Item]:
-    """The images of a batch, in order. Raises InvalidParameter (422) when there is not exactly one list of them."""
-    if unknown := set(body.uploads):
-        raise InvalidParameter(f"Files are taken under the name images, not {sorted(unknown)[0]}.")
-    uploads = list(body.files.get("images", ()))
-    lists = [name for name in _LISTS if body.fields.get(name) is not None]
-    if len(lists) + bool(uploads) != 1 or set(body.files) - {"images"}:
-        raise InvalidParameter(
-            "Send one list: image_paths, image_urls, s3_uris, images, or uploaded files named images.",
-            code="image_missing",
-        )
-    if uploads:
-        return [_Item({"filename": upload.filename or ""}, upload) for upload in uploads]
-    (name,) = lists
-    values = body.fields[name]
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in cast("list[object]", values)):
-        raise InvalidParameter(f"{name} must be a list of texts.")
-    return [_item(name, value) for value in cast("list[str]", values)]
-
-
-def _item(name: str, value: str) -> _Item:
-    try:
-        image: ImageSource | SightlineError = _source(_LISTS[name], value)
-    except SightlineError as error:
-        image = error
-    return _Item(_echo(_LISTS[name], value), image)
-
-
-def _source(name: str, value: str) -> ImageSource:
-    """What the text of a field stands for. Raises BadRequest (400)."""
-    if name == "image_path":
-        return ImagePath(value)
-    return s3_source(value) if name == "s3_uri" else parse_source(value)
-
-
-def _echo(name: str, value: str) -> Json:
-    """What names the image in an answer: the client's own word for it, but never the image itself."""
-    is_reference = name == "image_path" or value.lstrip()[:8].lower().startswith(("https://", "http://", "s3://"))
-    return {name: value} if is_reference and len(value) <= MAX_PROMPT_CHARACTERS else {}
-
-
-def _stored_source(image: ImageSource | SightlineError) -> Json:
-    match image:
-        case ImageBytes():
-            return {}  # its bytes are stored beside
-        case ImageUrl(url):
-            return {"url": url}
-        case ImageS3(uri):
-            return {"s3": uri}
-        case ImagePath(path):
-            return {"path": path}
-        case SightlineError():
-            return {"error": image.message, "code": image.code}
-
-
-def _restored_source(source: Mapping[str, str], data: bytes | None) -> ImageSource | SightlineError:
-    match source:
-        case {"url": url}:
-            return ImageUrl(url)
-        case {"s3": uri}:
-            return ImageS3(uri)
-        case {"path": path}:
-            return ImagePath(path)
-        case {"error": message, "code": code}:
-            return SourceRefused(message, code=code)
-        case _:
-            return ImageBytes(data or b"")
-
-
 def _shown(state: BatchState) -> Json:
     shown: Json = {
         "task_id": state.id,
@@ -488,174 +396,3 @@ def _shown(state: BatchState) -> Json:
 
 def _seconds_since(started: float) -> float:
     return round(time.monotonic() - started, 3)
-
-
-# --- OpenAPI ---------------------------------------------------------------------------------------------------------
-
-_OPTIONS: Json = {
-    "text": {
-        "type": "string",
-        "maxLength": MAX_PROMPT_CHARACTERS,
-        "description": "Continued by the caption, such as `a photo of`; `prefix` and `prompt` are other names for it.",
-    },
-    "max_tokens": {"type": "integer", "minimum": 1, "maximum": 4096},
-    "temperature": {"type": "number", "minimum": 0, "maximum": 2, "description": "0, the default, is greedy."},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "seed": {"type": "integer", "minimum": 0},
-}
-_BINARY: Json = {"type": "string", "format": "binary"}
-_DEMO: Json = {
-    "demo_model": {"type": "boolean", "description": "true: answered by a demonstration model."},
-    "model": {"type": "string", "description": "Its own name, beside `demo_model`."},
-}
-_ECHO: Json = {
-    "image_path": {"type": "string", "description": "As in the request."},
-    "image_url": {"type": "string", "description": "As in the request."},
-    "s3_uri": {"type": "string", "description": "As in the request."},
-    "filename": {"type": "string", "description": "Of an upload."},
-}
-_RESULT: Json = {
-    "type": "object",
-    "description": "`caption`, or `error` and `code` of an image that could not be captioned.",
-    "properties": {
-        **_ECHO,
-        "caption": {"type": "string"},
-        "processing_time": {"type": "number", "description": "Seconds, of an upload."},
-        "error": {"type": "string"},
-        "code": {"type": "string"},
-        **_DEMO,
-    },
-}
-_FAULT: Json = {
-    "type": "object",
-    "required": ["detail", "code"],
-    "properties": {"detail": {"type": "string"}, "code": {"type": "string"}, "request_id": {"type": "string"}},
-}
-
-
-def _answers(status: str, description: str, schema: Json, *faults: str) -> Json:
-    said: Json = {status: {"description": description, "content": {"application/json": {"schema": schema}}}}
-    for fault in faults:
-        said[fault] = {"description": "An error.", "content": {"application/json": {"schema": _FAULT}}}
-    return said
-
-
-_CAPTION_OPENAPI: Json = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "image_path": {"type": "string", "description": "A path below the server's image root."},
-                        "image_url": {"type": "string", "description": "An allowed https:// URL, or a data URI."},
-                        "s3_uri": {"type": "string", "description": "`s3://bucket/key`."},
-                        "image": {"type": "string", "description": "Base64, a data URI, an allowed URL or s3://."},
-                        **_OPTIONS,
-                    },
-                }
-            },
-            "multipart/form-data": {
-                "schema": {"type": "object", "required": ["image"], "properties": {"image": _BINARY, **_OPTIONS}}
-            },
-            "image/*": {"schema": _BINARY},
-        },
-    },
-    "responses": _answers("200", "The caption.", _RESULT, "400", "404", "413", "422", "429", "503", "504"),
-}
-
-_BATCH_BODY: Json = {
-    "required": True,
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "description": "One of the four lists.",
-                "properties": {
-                    **{
-                        name: {"type": "array", "items": {"type": "string"}, "description": what}
-                        for name, what in (
-                            ("image_paths", "Paths below the server's image root."),
-                            ("image_urls", "Allowed https:// URLs, or data URIs."),
-                            ("s3_uris", "`s3://bucket/key` each."),
-                            ("images", "Base64, data URIs, allowed URLs or s3:// each."),
-                        )
-                    },
-                    **_OPTIONS,
-                },
-            }
-        },
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["images"],
-                "properties": {"images": {"type": "array", "items": _BINARY}, **_OPTIONS},
-            }
-        },
-    },
-}
-
-_BATCH_OPENAPI: Json = {
-    "requestBody": _BATCH_BODY,
-    "responses": _answers(
-        "200",
-        "A bare list for JSON, an object for a form; in the order of the request.",
-        {
-            "anyOf": [
-                {"type": "array", "items": _RESULT},
-                {
-                    "type": "object",
-                    "required": ["results", "total_processing_time"],
-                    "properties": {
-                        "results": {"type": "array", "items": _RESULT},
-                        "total_processing_time": {"type": "number", "description": "Seconds."},
-                        **_DEMO,
-                    },
-                },
-            ]
-        },
-        *("400", "413", "422", "503"),
-    ),
-}
-
-_ASYNC_OPENAPI: Json = {
-    "requestBody": _BATCH_BODY,
-    "responses": _answers(
-        "202",
-        "The batch is stored; ask for it by its id.",
-        {
-            "type": "object",
-            "required": ["message", "task_id"],
-            "properties": {"message": {"type": "string"}, "task_id": {"type": "string", "format": "uuid"}, **_DEMO},
-        },
-        *("400", "413", "422", "429", "503"),
-    ),
-}
-
-_STATUS_OPENAPI: Json = {
-    "responses": _answers(
-        "200",
-        "The state of the batch.",
-        {
-            "type": "object",
-            "required": ["task_id", "status", "results", "progress"],
-            "properties": {
-                "task_id": {"type": "string", "format": "uuid"},
-                "status": {"type": "string", "enum": ["in_progress", "completed", "failed"]},
-                "results": {
-                    "type": "array",
-                    "description": "Of the images that are done; `index` is the place in the request.",
-                    "items": _RESULT | {"properties": {"index": {"type": "integer"}, **_RESULT["properties"]}},
-                },
-                "progress": {
-                    "type": "object",
-                    "properties": {name: {"type": "integer"} for name in ("done", "total", "failed")},
-                    "description": "`done` counts the failed ones too.",
-                },
-                **_DEMO,
-            },
-        },
-        *("404", "503"),
-    )
-}
