@@ -19,7 +19,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, SecretStr
 
-from sightline import chain, images, v2
+from sightline import chain, images, v2, web
 from sightline.chain import ChainOptions, ChainPolicy, ChainResult, as_completion
 from sightline.engines.breaker import CircuitBreaker
 from sightline.engines.dialect import StepMetadata, StepName
@@ -365,7 +365,7 @@ class PipelineService:
     # --- native ----------------------------------------------------------------------------------------------------
 
     def router(self, run: Run) -> APIRouter:
-        """`POST /caption` in three content types, and `GET /health`."""
+        """`POST /caption` in three content types, `GET /health`, and the page at `/`."""
         router = APIRouter()
 
         @router.post(
@@ -396,6 +396,7 @@ class PipelineService:
         async def health() -> Json:  # pyright: ignore[reportUnusedFunction]
             return await self._health.now()
 
+        web.add_page(router)
         return router
 
     async def _read(self, request: Request) -> tuple[PipelineRequest, Json, bool]:
