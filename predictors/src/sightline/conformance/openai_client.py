@@ -52,6 +52,8 @@ def chat_stream(target: Target) -> None:
 @OPENAI.check("embeddings", Level.EXTENSION)
 def embeddings(target: Target) -> None:
     """`embeddings.create` answers a vector (or, late interaction, several) for each text."""
+    if _datatypes(target) == {"BYTES"}:
+        raise Skipped("the model makes text")
     with _client(target) as client:
         try:
             answer: Any = client.embeddings.create(
@@ -92,6 +94,8 @@ def _embed(client: "OpenAI", target: Target, *, model: str) -> object:
 
 def _chat(client: "OpenAI", target: Target, **options: Any) -> Any:  # noqa: ANN401 - an answer or a stream
     """One question at temperature 0. Raises Skipped where the model does not chat."""
+    if "BYTES" not in _datatypes(target):
+        raise Skipped("the model makes no text")
     text = {"type": "text", "text": "Describe this image in detail"}
     content: Any = TEXT
     if target.request.images:
@@ -108,6 +112,11 @@ def _chat(client: "OpenAI", target: Target, **options: Any) -> Any:  # noqa: ANN
         if "model" not in options:
             _skip_absent(error)
         raise
+
+
+def _datatypes(target: Target) -> set[str]:
+    """Of the model's outputs."""
+    return {str(spec["datatype"]) for spec in target.metadata["outputs"]}
 
 
 def _skip_absent(error: Exception) -> None:
