@@ -66,7 +66,7 @@ def requests(operation: Operation) -> Sequence[Request]:
     """Good requests to an operation. Raises KeyError when nobody has written one."""
     name = operation.predictor
     path = operation.path.replace("{model_name}", name)
-    if (name, path) == ("blip", "/"):
+    if path == "/" and name in {"blip", "pipeline"}:
         return [{"path": path, "headers": {"accept": "text/html"}}]
     if operation.method == "GET":
         return [{"path": _GETS.get(path, path)}]

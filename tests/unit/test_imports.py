@@ -20,6 +20,8 @@ LIGHT_MODULES = [
     "sightline.sources",
     "sightline.images",
     "sightline.engines.remote",
+    "sightline.jobs.batches",
+    "sightline.jobs.objects",
     "sightline.jobs.runs",
     "sightline.services.pipeline",
     "sightline.tiny",
