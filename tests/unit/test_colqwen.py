@@ -136,10 +136,13 @@ class TestVectors:
             assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
     def test_are_those_of_colpali_engine(self, model: ColQwen) -> None:
+        from colpali_engine.models import ColQwen2_5
+
         page, text = picture(), QUERIES[1]
+        theirs = ColQwen2_5.from_pretrained(CHECKPOINT).eval()
         with torch.no_grad():
-            seen = model._model(**model._processor.process_images([page]))[0].numpy()
-            said = model._model(**model._processor.process_queries([text]))[0].numpy()
+            seen = theirs(**model._processor.process_images([page]))[0].numpy()
+            said = theirs(**model._processor.process_queries([text]))[0].numpy()
 
         mine = model.encode([model.preprocess_page(page), model.preprocess_query(text)])
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from prometheus_client import Counter, Gauge, Histogram
 
 from sightline.engines.breaker import CircuitBreaker
-from sightline.wire import Completion
+from sightline.wire import Usage
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)
 
@@ -45,8 +45,8 @@ _BREAKER_STATES = ("closed", "half-open", "open")
 def observe(model_name: str, results: Sequence[object]) -> None:
     """Count the tokens of answers."""
     for result in results:
-        if isinstance(result, Completion):
-            usage = result.usage
+        usage = getattr(result, "usage", None)  # of a Completion, of an Embedding
+        if isinstance(usage, Usage):
             image_tokens = usage.image_tokens or 0
             TOKENS.labels(model_name, "image").inc(image_tokens)
             TOKENS.labels(model_name, "prompt").inc(usage.prompt_tokens - image_tokens)
