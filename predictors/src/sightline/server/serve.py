@@ -145,10 +145,11 @@ class _RESTServer(RESTServer):
         return self._server.should_exit
 
     async def start(self) -> None:
-        """Serve. Raises RuntimeError when a port could not be had; uvicorn alone would end as if told to."""
-        await super().start()
-        if not self._server.started:
-            raise RuntimeError("the server could not start")
+        """Serve. Raises RuntimeError when a port could not be had; uvicorn would leave with codes of its own."""
+        try:
+            await super().start()
+        except SystemExit as error:
+            raise RuntimeError("the server could not start") from error
 
     async def _drain(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting on both ports at once, answer what is running."""
