@@ -22,11 +22,12 @@ class Unreachable(Exception):
 
 
 def wait_until_ready(address: Address, seconds: float) -> None:
-    """Wait for the model to load, as long as `seconds`; what is wrong after that is for the checks to say."""
+    """Wait for the models to load, as long as `seconds`; what is wrong after that is for the checks to say."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with Target(address) as target, contextlib.suppress(httpx.HTTPError, Failed):
-            if target.get(f"{target.model_path}/ready").status_code == 200:
+            paths = (f"{target.model_path}/ready", "/v2/health/ready")
+            if all(target.get(path).status_code == 200 for path in paths):
                 return
         time.sleep(0.5)
 
