@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import uuid
@@ -433,6 +434,109 @@ class TestE8CommandLine:
         with httpx.Client(base_url=server.url, trust_env=False) as client:
             assert client.get("/").status_code == 403
             assert client.get("/", headers={"X-API-Key": "one"}).status_code == 200
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("NO BROWSER: the page is not tested; install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """The page in a browser, with what it said and whom it asked."""
+
+    def __init__(self, browser, url: str, key: str = "") -> None:
+        from playwright.sync_api import expect
+
+        self._expect = expect
+        self.page = browser.new_page()
+        self.page.set_default_timeout(60_000)
+        self.faults: list[str] = []
+        self.asked: set[str] = set()
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("request", lambda request: self.asked.add(request.url))
+        if key:  # as a proxy would, for the page alone
+            self.page.route(url + "/", lambda route: route.continue_(headers={"X-API-Key": key}))
+        self.page.goto(url + "/")
+
+    def says(self, selector: str, text: str) -> None:
+        self._expect(self.page.locator(selector).first).to_contain_text(text, timeout=60_000)
+
+    def pick(self, *files: tuple[str, bytes]) -> None:
+        payloads = [{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files]
+        self.page.set_input_files("#files", payloads)
+
+    def cards(self) -> dict[str, str]:
+        """What is said of each file, by its name."""
+        cards = [card.inner_text().strip().split("\n") for card in self.page.locator("#cards li").all()]
+        return {lines[-1]: lines[0] for lines in cards}
+
+
+class TestE8Page:
+    def test_captions_several_pictures_and_says_what_is_wrong_with_one(self, browser, blip: Server):
+        page = Page(browser, blip.url)
+        page.says("#about", "Served here: blip")
+        page.pick(("one.png", red_circle()), ("two.png", b"no image"), ("three.png", red_circle(200)))
+        page.says("#count", "3 of 3, 1 failed")
+        assert page.cards() == {
+            "one.png": RED_CIRCLE,
+            "two.png": "These bytes are no image. (400, image_undecodable)",
+            "three.png": RED_CIRCLE,
+        }
+        page.says("#demo", "demonstration model sightline-tiny-blip")
+        assert page.faults == []
+        assert all(url.startswith((blip.url, "blob:", "data:")) for url in page.asked), page.asked
+
+    def test_continues_a_text(self, browser, blip: Server):
+        page = Page(browser, blip.url)
+        page.says("#about", "Served here")
+        page.page.fill("#prompt", "a picture of")
+        page.pick(("one.png", red_circle()))
+        page.says("#cards li", f"a picture of {RED_CIRCLE}")
+
+    def test_can_use_the_model_s_own_route(self, browser, blip: Server):
+        page = Page(browser, blip.url)
+        page.says("#about", "Served here")
+        page.page.select_option("#way", label="model blip")
+        page.pick(("one.png", red_circle()))
+        page.says("#cards li", RED_CIRCLE)
+        assert f"{blip.url}/v2/models/blip/infer" in page.asked
+
+    def test_never_reads_an_answer_or_a_name_as_html(self, browser, blip: Server):
+        evil = "<img src=x onerror=document.title='taken'><b>bold</b>"
+        page = Page(browser, blip.url)
+        page.says("#about", "Served here")
+        page.page.route("**/caption", lambda route: route.fulfill(json={"caption": evil, "filename": evil}))
+        page.pick((f"{evil}.png", red_circle()))
+        page.says("#cards li", evil)
+        assert page.page.locator("#cards b").count() == 0
+        assert page.page.title() == "Sightline"
+
+    def test_takes_an_api_key(self, browser, launcher: Launcher):
+        server = launcher.start("blip", "--api-keys", "one", auth="api-key").wait_ready()
+        page = Page(browser, server.url, key="one")
+        page.says("#about", "Invalid API key (403")
+        page.page.fill("#key", "one")
+        page.page.locator("#prompt").focus()
+        page.says("#about", "Served here: blip")
+        page.pick(("one.png", red_circle()))
+        page.says("#cards li", RED_CIRCLE)
+
+    def test_says_that_the_server_is_gone(self, browser, blip: Server):
+        page = Page(browser, blip.url)
+        page.says("#about", "Served here")
+        page.page.route("**/caption", lambda route: route.abort())
+        page.pick(("one.png", red_circle()))
+        page.says("#cards li", "The server cannot be reached.")
 
 
 def test_e9_names_of_the_older_service_are_understood(launcher: Launcher, tmp_path):
