@@ -11,6 +11,7 @@ from importlib.metadata import version
 import httpx
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from sightline.maxsim import maxsim
@@ -701,3 +702,18 @@ class TestC11OpenAPI:
             "assert not {'torch', 'transformers', 'colpali_engine', 'kserve'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+class TestC12Compose:
+    @pytest.mark.parametrize(
+        ("service", "port", "device", "model"),
+        [("embed", 7001, "cpu", ""), ("embed-gpu", 7002, "cuda", "vidore/colqwen2.5-v0.2")],
+    )
+    def test_has_the_ports_of_the_original_and_its_cache(self, service, port, device, model):
+        compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+        described = compose["services"][service]
+        assert any(f":{port}:" in published for published in described["ports"])
+        assert any(volume.startswith("hf-cache:") for volume in described["volumes"])
+        assert described["environment"]["DEVICE"] == device
+        assert described["environment"]["EMBED__MODEL"] == f"${{EMBED__MODEL:-{model}}}"
+        assert "hf-cache" in compose["volumes"]
