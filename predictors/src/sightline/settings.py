@@ -171,7 +171,32 @@ class JobSettings(ServerSettings):
     job_timeout_seconds: float = Field(600, gt=0, description="A run that takes longer is TIMED_OUT.")
 
 
-class DescribeSettings(EngineSettings, JobSettings):
+class VisionSettings(EngineSettings):
+    """What the predictors that read images and write text have."""
+
+    model_name: str
+    engine: Literal["hf", "remote"] = Field(
+        "hf", description="hf: the model is loaded here. remote: it is asked at an OpenAI-compatible URL."
+    )
+    remote_url: str | None = Field(None, description="Base URL for --engine remote, with or without its /v1.")
+    remote_model: str | None = Field(None, description="Its model name there; default: the name here.")
+    remote_api_key: SecretStr | None = Field(None, description="Key that it wants.")
+
+    @field_validator("remote_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return value
+
+    @model_validator(mode="after")
+    def _remote_has_an_address(self) -> Self:
+        if self.engine == "remote" and self.remote_url is None:
+            raise ValueError("engine remote needs remote_url")
+        return self
+
+
+class DescribeSettings(VisionSettings, JobSettings):
     """The `describe` predictor: Qwen2-VL or Qwen2.5-VL."""
 
     model_name: str = Field("describe", description="Name in the KServe routes.")
@@ -218,7 +243,7 @@ class EnhanceSettings(EngineSettings):
     )
 
 
-class GenerateSettings(EngineSettings):
+class GenerateSettings(VisionSettings):
     """The `generate` predictor: Kimi-VL."""
 
     model_name: str = Field("generate", description="Name in the KServe routes.")

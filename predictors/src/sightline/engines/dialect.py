@@ -18,7 +18,7 @@ from sightline.errors import (
 )
 from sightline.wire import Completion, ImageBytes, ReasoningLevel, Sampling, Turn
 
-StepName = Literal["caption", "enhance"]
+StepName = Literal["caption", "enhance", "remote"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ What a server says in words is never shown to a client: it is a stranger.
 import base64
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,6 +70,7 @@ class OpenAI:
         self._model = model
         self._left_out: set[str] = set()
         self._limit_name = "max_tokens"
+        self._own_name = model
 
     def describing(self, image: ImageBytes, prompt: str | None, sampling: Sampling, request_id: str) -> Outgoing:
         parts = (image,) if prompt is None else (image, prompt)
@@ -105,7 +106,7 @@ class OpenAI:
         return Outgoing(f"{self._url}/chat/completions", orjson.dumps(kept), {"content-type": "application/json"})
 
     def assembly(self) -> Assembly:
-        return _Assembly(self._model)
+        return _Assembly(self._named)
 
     def completion(self, content: bytes, headers: Mapping[str, str], milliseconds: float) -> Completion:
         body = as_object(orjson.loads(content))
@@ -116,7 +117,11 @@ class OpenAI:
         if message is None:
             raise ValueError("no message")
         text = final_of(as_text(message.get("content")) or "")
-        return _completion(text, choice.get("finish_reason"), body, self._model, milliseconds)
+        return _completion(text, choice.get("finish_reason"), body, self._named, milliseconds)
+
+    def _named(self, told: str | None) -> str:
+        """The model's own name where its server has told it, else the name that an answer tells."""
+        return self._own_name if told in (None, self._model) else str(told)
 
     def spoken(self, status: int, content: bytes) -> Spoken:
         error = _error(content)
@@ -170,16 +175,22 @@ class OpenAI:
         """A server that lists its models must list ours; one without a list is taken at its word."""
         if status in (404, 405, 501):
             return True
-        listed = (as_object(answer) or {}).get("data")
-        if status != 200 or not isinstance(listed, list):
-            return False
-        return any((as_object(entry) or {}).get("id") == self._model for entry in listed)
+        return status == 200 and self._card(answer) is not None
 
     def metadata_url(self) -> str:
         return f"{self._url}/models"
 
     def metadata(self, answer: Mapping[str, object]) -> StepMetadata:
-        return StepMetadata(model=self._model, backend="openai")
+        """`root` is what vLLM and we say the model really is; `demo_model` is a word of ours."""
+        card = self._card(answer) or {}
+        self._own_name = as_text(card.get("root")) or self._own_name
+        return StepMetadata(model=self._own_name, demo=card.get("demo_model") is True, backend="openai")
+
+    def _card(self, answer: object) -> Mapping[str, object] | None:
+        """The entry of a list of models that is ours."""
+        listed = (as_object(answer) or {}).get("data")
+        cards = [as_object(entry) or {} for entry in listed] if isinstance(listed, list) else []
+        return next((card for card in cards if card.get("id") == self._model), None)
 
 
 def with_version(base_url: str) -> str:
@@ -192,8 +203,8 @@ def with_version(base_url: str) -> str:
 class _Assembly:
     """Chunks of one streamed answer."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, named: Callable[[str | None], str]) -> None:
+        self._named = named
         self._filter = Filter()
         self._finish: object = None
         self._head: Mapping[str, object] = {}
@@ -218,10 +229,16 @@ class _Assembly:
         text = final_of(self._filter.text)
         if self._finish is None:
             raise ValueError("the stream ended before the answer")
-        return _completion(text, self._finish, {**self._head, "usage": self._usage}, self._model, milliseconds)
+        return _completion(text, self._finish, {**self._head, "usage": self._usage}, self._named, milliseconds)
 
 
-def _completion(text: str, finish: object, body: Mapping[str, object], model: str, milliseconds: float) -> Completion:
+def _completion(
+    text: str,
+    finish: object,
+    body: Mapping[str, object],
+    named: Callable[[str | None], str],
+    milliseconds: float,
+) -> Completion:
     reason = _reason(finish)
     if not text:
         raise InvalidParameter(f"The model stopped without a final answer ({reason}).", code=NO_ANSWER)
@@ -239,7 +256,7 @@ def _completion(text: str, finish: object, body: Mapping[str, object], model: st
             reasoning_tokens=count(completion.get("reasoning_tokens")),
         ),
         model=ModelInfo(
-            name=as_text(body.get("model")) or model,
+            name=named(as_text(body.get("model"))),
             revision=as_text(body.get("system_fingerprint")) or "unknown",
             demo=body.get("demo_model") is True,
         ),

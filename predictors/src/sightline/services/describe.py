@@ -38,6 +38,7 @@ from sightline.services.base import (
 from sightline.services.bodies import Body, json_response, read_body
 from sightline.services.generation import Outcome, parameters_of, predictions_of, texts_of
 from sightline.services.vision import Conversations, Prepared, check_chat, check_count, sources_of, uploads_of
+from sightline.services.vision_remote import RemoteConversations
 from sightline.settings import DescribeSettings
 from sightline.sources import parse_source
 from sightline.wire import (
@@ -74,8 +75,10 @@ class DescribeService:
         self.name = settings.model_name
         self._settings = settings
         self._defaults = Sampling(max_tokens=settings.max_tokens)
-        self._conversations: Conversations[QwenVL] = Conversations(
-            self._load_model, settings, max_width=settings.max_width
+        self._conversations: Conversations[QwenVL] | RemoteConversations = (
+            RemoteConversations(settings, max_width=settings.max_width)
+            if settings.engine == "remote"
+            else Conversations(self._load_model, settings, max_width=settings.max_width)
         )
         self._runs: Runs | None = None
         self._run: Run | None = None
@@ -210,7 +213,7 @@ class DescribeService:
             fields = cast("Mapping[str, object]", envelope)
         action = fields.get("action", "inference")
         if action == "warmup":
-            return json_response({"status": "COMPLETED", "output": None} | demo_fields(self._conversations.model.info))
+            return json_response({"status": "COMPLETED", "output": None} | demo_fields(self._conversations.info))
         if action != "inference":
             raise BadRequest("action must be inference or warmup.", code="unknown_action")
         described = self._request(_native_images(fields, body), fields)
@@ -255,7 +258,7 @@ class DescribeService:
             } | {name: state.output[name] for name in ("tags", "downscaled") if name in state.output}
         if state.error is not None:
             shown |= {"detail": state.error["message"], "code": state.error["code"]}
-        return shown | demo_fields(self._conversations.model.info)
+        return shown | demo_fields(self._conversations.info)
 
     async def _execute(self, stored: Mapping[str, Any], data: bytes | None) -> tuple[Status, Mapping[str, Any]]:
         """Do one run; never raises but for cancellation. A patient run waits while the queue is full."""

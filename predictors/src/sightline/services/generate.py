@@ -24,6 +24,7 @@ from sightline.services.bodies import Body, json_response, read_body
 from sightline.services.events import event, streaming, wants_events
 from sightline.services.generation import Outcome, parameters_of, predictions_of, texts_of
 from sightline.services.vision import Conversations, Prepared, check_chat, check_count, sources_of, uploads_of
+from sightline.services.vision_remote import RemoteConversations
 from sightline.settings import GenerateSettings
 from sightline.sources import parse_source
 from sightline.wire import (
@@ -56,8 +57,10 @@ class GenerateService:
         self.name = settings.model_name
         self._settings = settings
         self._defaults = Sampling(settings.max_tokens, settings.temperature, settings.top_p)
-        self._conversations: Conversations[KimiVL] = Conversations(
-            self._load_model, settings, max_width=settings.max_width
+        self._conversations: Conversations[KimiVL] | RemoteConversations = (
+            RemoteConversations(settings, max_width=settings.max_width)
+            if settings.engine == "remote"
+            else Conversations(self._load_model, settings, max_width=settings.max_width)
         )
 
     def _load_model(self) -> "KimiVL":
@@ -76,9 +79,12 @@ class GenerateService:
 
         Raises Unavailable (503) before the model is loaded.
         """
+        said = self._conversations.metadata()
+        if isinstance(self._conversations, RemoteConversations):
+            return said
         model = self._conversations.model
         held = {f"bytes_{dtype}": size for dtype, size in model.runtime.bytes_per_dtype.items()}
-        return self._conversations.metadata() | {"quantization": model.quantization} | held
+        return said | {"quantization": model.quantization} | held
 
     async def preprocess(self, requests: Sequence[ChatRequest], context: Context) -> Prepared:
         return await self._conversations.prepare(requests, context)

@@ -28,6 +28,7 @@ from sightline.wire import (
     Context,
     ImageBytes,
     ImageSource,
+    ModelInfo,
     Turn,
 )
 
@@ -75,6 +76,11 @@ class Conversations(Generic[Model]):
         """The loaded model. Raises Unavailable (503) before it is there."""
         return self._generation.model
 
+    @property
+    def info(self) -> ModelInfo:
+        """Which model answers. Raises Unavailable (503) before it is there."""
+        return self.model.info
+
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""
         return self._generation.metadata()
@@ -97,12 +103,11 @@ class Conversations(Generic[Model]):
 
     async def answer(self, prepared: Prepared, context: Context) -> list[Outcome]:
         """One outcome for each request, in order. Raises OutOfMemory (507) when no request of the call fits."""
-        outcomes = await together(
-            self._answer(request, prompt, prepared.started, context) for request, prompt in prepared.items
+        return settled(
+            await together(
+                self._answer(request, prompt, prepared.started, context) for request, prompt in prepared.items
+            )
         )
-        if all(isinstance(outcome, OutOfMemory) for outcome in outcomes):
-            raise cast("OutOfMemory", outcomes[0])
-        return outcomes
 
     async def stream(self, request: ChatRequest, context: Context) -> AsyncGenerator[str | Completion]:
         """The text of one answer piece by piece, then the whole. Closing it ends the answer at the next token."""
@@ -173,6 +178,13 @@ class Conversations(Generic[Model]):
         made = completion(model.postprocess(generated), generated, model.info, started)
         tags = tags_of(made.text) if request.preset == "tags" else None
         return replace(made, downscaled=downscaled, tags=tags)
+
+
+def settled(outcomes: list[Outcome]) -> list[Outcome]:
+    """What became of the items of a call. Raises OutOfMemory (507) when none of them fits."""
+    if all(isinstance(outcome, OutOfMemory) for outcome in outcomes):
+        raise cast("OutOfMemory", outcomes[0])
+    return outcomes
 
 
 def _has_images(request: ChatRequest) -> bool:
