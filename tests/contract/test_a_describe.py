@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from sightline.wire import DEFAULT_PROMPT
+from sightline.wire import DEFAULT_PROMPT, PRESETS
 from tests.conftest import Launcher, Server, free_port
 from tests.scenes import BACKGROUNDS, RED_CIRCLE, Thing, draw, encoded, red_circle
 
@@ -242,6 +242,135 @@ class TestA8Decoding:
         response = http.post("/api/v1/run", json={"image_url": image_url} | option)
         assert response.status_code == 422
         assert response.json()["code"] == "invalid_parameter"
+
+
+class TestPresets:
+    """Prompts by name, on every route."""
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_native(self, http, image_url, preset):
+        by_name = http.post("/api/v1/run", json={"image_url": image_url, "preset": preset}).json()["output"]
+        in_words = http.post("/api/v1/run", json={"image_url": image_url, "prompt": PRESETS[preset]}).json()["output"]
+        assert by_name["data"] == in_words["data"]
+        assert by_name.get("tags") == (["a large red circle on a white background"] if preset == "tags" else None)
+
+    def test_own_words_win(self, http, image_url):
+        body = http.post("/api/v1/run", json={"image_url": image_url, "preset": "tags", "prompt": "What is this?"})
+        assert "tags" not in body.json()["output"]
+
+    def test_v1_v2_and_openai(self, http, image_url):
+        v1 = http.post(
+            "/v1/models/describe:predict", json={"instances": [{"image_url": image_url, "preset": "alt-text"}]}
+        ).json()["predictions"][0]
+        tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [image_url]}
+        v2 = http.post(
+            "/v2/models/describe/infer", json={"inputs": [tensor], "parameters": {"preset": "alt-text"}}
+        ).json()
+        part = {"type": "image_url", "image_url": {"url": image_url}}
+        chat = http.post(
+            "/v1/chat/completions",
+            json={"model": "describe", "preset": "alt-text", "messages": [{"role": "user", "content": [part]}]},
+        ).json()
+        tokens = {v1["usage"]["prompt_tokens"], v2["parameters"]["prompt_tokens"], chat["usage"]["prompt_tokens"]}
+        assert len(tokens) == 1, "the same prompt, whichever route it came by"
+        assert v1["text"] == v2["outputs"][0]["data"][0] == chat["choices"][0]["message"]["content"]
+
+    @pytest.mark.parametrize("preset", ["haiku", 5, ["tags"]])
+    def test_an_unknown_one_is_422(self, http, image_url, preset):
+        assert http.post("/api/v1/run", json={"image_url": image_url, "preset": preset}).status_code == 422
+
+
+class TestSeveralImages:
+    """One description of up to eight images together."""
+
+    def test_by_reference_and_upload(self, http, image_url):
+        one = http.post("/v1/models/describe:predict", json={"instances": [image_url]}).json()
+        tokens = one["predictions"][0]["usage"]["image_tokens"]
+        both = http.post("/v1/models/describe:predict", json={"instances": [{"images": [image_url] * 2}]}).json()
+        assert both["predictions"][0]["usage"]["image_tokens"] == 2 * tokens
+
+        for request in (
+            {"json": {"image_urls": [image_url, image_url]}},
+            {"json": {"image_url": image_url, "image_urls": [image_url]}},
+            {"files": [("images", ("a.png", red_circle())), ("images", ("b.png", red_circle()))]},
+        ):
+            body = http.post("/api/v1/run", **request).json()
+            assert body["status"] == "COMPLETED"
+            assert body["output"]["data"]
+
+    def test_a_run_with_uploads_and_urls_is_restored_in_order(self, http, image_url):
+        started = http.post(
+            "/api/v1/run?wait=0",
+            data={"image_urls": [image_url]},
+            files=[("images", ("a.png", red_circle())), ("images", ("b.png", red_circle(64)))],
+        ).json()
+        assert wait_finished(http, started["id"])["status"] == "COMPLETED"
+
+    def test_nine_are_422(self, http, image_url):
+        response = http.post("/api/v1/run", json={"image_urls": [image_url] * 9})
+        assert (response.status_code, response.json()["code"]) == (422, "too_many_images")
+
+    def test_a_bad_one_among_them_fails_the_run(self, http, image_url):
+        response = http.post("/api/v1/run", json={"image_urls": [image_url, TestA6FailedImage.NOT_AN_IMAGE]})
+        assert (response.status_code, response.json()["code"]) == (400, "image_undecodable")
+
+
+class TestImageReferences:
+    """https, data URI and s3:// wherever an image is named; `s3_uri` for S3 alone."""
+
+    @pytest.mark.parametrize("name", ["image_url", "image", "s3_uri"])
+    def test_s3(self, http, s3_server, name):
+        uri = s3_server.put("describe", "circle.png", red_circle())
+        assert http.post("/api/v1/run", json={name: uri}).json()["output"]["data"] == RED_CIRCLE
+
+    @pytest.mark.parametrize("value", ["https://example.com/a.png", "data:image/png;base64,aGk=", "bucket/key"])
+    def test_s3_uri_takes_nothing_else(self, http, value):
+        for response in (
+            http.post("/api/v1/run", json={"s3_uri": value}),
+            http.post("/v1/models/describe:predict", json={"instances": [{"s3_uri": value}]}),
+        ):
+            assert (response.status_code, response.json()["code"]) == (400, "s3_uri_invalid")
+
+
+class TestRemoteEngine:
+    """`--engine remote`: the same routes in front of a model behind an OpenAI-compatible URL; here, one of ours."""
+
+    @pytest.fixture(scope="class")
+    def front(self, session_launcher: Launcher, describe: Server):
+        server = session_launcher.start(
+            "describe", "--model-name", "front", "--engine", "remote", "--remote-url", describe.url,
+            "--remote-model", "describe", "--job-store", "memory://",
+        )  # fmt: skip
+        server.name = "front"
+        with server.wait_ready().client() as client:
+            yield client
+
+    def test_contract_a_in_front_of_it(self, front, image_url):
+        body = front.post("/api/v1/run", json={"image_url": image_url}).json()
+        assert body["output"] == {"status": "COMPLETED", "message": MESSAGE, "data": RED_CIRCLE}
+        assert body["demo_model"] is True
+        assert body["model"] == "sightline-tiny-qwen2.5-vl"
+
+    def test_every_other_protocol_too(self, front, image_url):
+        v1 = front.post("/v1/models/front:predict", json={"instances": [image_url]}).json()
+        assert v1["predictions"][0]["text"] == RED_CIRCLE
+        assert v1["predictions"][0]["usage"]["image_tokens"] > 0
+        part = {"type": "image_url", "image_url": {"url": image_url}}
+        question = {"model": "front", "messages": [{"role": "user", "content": [part]}], "stream": True}
+        told = front.post("/v1/chat/completions", json=question).text
+        chunks = [json.loads(line.removeprefix("data: ")) for line in told.splitlines() if line.startswith("data: {")]
+        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == RED_CIRCLE
+
+    def test_policy_and_limits_hold_in_front_of_it(self, front):
+        response = front.post("/api/v1/run", json={"image_url": "https://example.com/a.png"})
+        assert (response.status_code, response.json()["code"]) == (400, "url_not_allowed")
+        response = front.post("/api/v1/run", json={"image_url": TestA6FailedImage.NOT_AN_IMAGE})
+        assert (response.status_code, response.json()["code"]) == (400, "image_undecodable")
+
+    def test_without_an_address_it_refuses_to_start(self, launcher: Launcher):
+        server = launcher.start("describe", "--engine", "remote")
+        assert server.process.wait(60) == 2
+        assert "remote_url" in server.log()
 
 
 def test_a9_runs_on_the_cpu_when_there_is_no_gpu(http):

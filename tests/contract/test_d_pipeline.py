@@ -1,12 +1,13 @@
 """Contract D, row by row: caption with enhancement, through the gateway and real models."""
 
 import base64
+import json
 import random
 
 import pytest
 
 from sightline.wire import CREATIVE_SEARCH_PROMPT, SHORT_PROMPT
-from tests.conftest import Launcher, Server
+from tests.conftest import Launcher, Server, free_port
 from tests.scenes import RED_CIRCLE, encoded, random_scene, red_circle
 
 DEMO = {"demo_model", "model"}
@@ -248,3 +249,133 @@ class TestOtherImageArguments:
         assert prediction["original_caption"] == RED_CIRCLE
         assert prediction["enhanced"] is True
         assert body["demo_model"] is True
+
+
+class TestPresets:
+    @pytest.mark.parametrize("preset", ["alt-text", "product", "tags"])
+    def test_reach_the_caption_step(self, http, s3_uri, preset):
+        body = http.post("/caption", json={"s3_uri": s3_uri, "preset": preset, "use_gpt_oss": False}).json()
+        assert body["caption"].startswith("a large red circle")
+
+    def test_an_unknown_one_is_422(self, http, s3_uri):
+        assert http.post("/caption", json={"s3_uri": s3_uri, "preset": "haiku"}).status_code == 422
+
+
+def events_of(text: str) -> list[tuple[str, dict]]:
+    blocks = [block.split("\n") for block in text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+
+
+@pytest.fixture(scope="module")
+def by_openai(session_launcher: Launcher, describe: Server, enhance: Server, s3_server) -> Server:
+    """A gateway whose two steps it knows by OpenAI's routes only; they happen to be ours."""
+    return session_launcher.start(
+        "pipeline", "--describe-url", describe.url, "--describe-protocol", "openai",
+        "--enhance-url", f"{enhance.url}/v1", "--enhance-protocol", "openai", env=s3_server.environment(),
+    ).wait_ready()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def locked_enhancer(session_launcher: Launcher) -> Server:
+    return session_launcher.start("enhance", "--api-keys", "right", auth="api-key").wait_ready()
+
+
+class TestOpenAISteps:
+    """Any OpenAI-compatible URL as describe or enhance step."""
+
+    @pytest.fixture
+    def gateway(self, by_openai: Server):
+        with by_openai.client() as client:
+            yield client
+
+    @pytest.mark.parametrize("level", ["low", "medium"])
+    def test_the_chain_says_the_same(self, http, gateway, s3_uri, level):
+        question = {"s3_uri": s3_uri, "reasoning_level": level}
+        assert gateway.post("/caption", json=question).json() == http.post("/caption", json=question).json()
+
+    def test_usage_and_reasons_are_mapped(self, gateway, s3_uri):
+        caption, enhance = gateway.post("/caption", json={"s3_uri": s3_uri, "explain": True}).json()["steps"]
+        assert caption["model"] == "sightline-tiny-qwen2.5-vl"
+        assert caption["image_tokens"] > 0
+        assert enhance["model"] == "sightline-tiny-gpt-oss"
+        assert enhance["reasoning_tokens"] > 0
+        assert len(caption["revision"]) == 12
+        cut = gateway.post("/caption", json={"s3_uri": s3_uri, "use_gpt_oss": False, "max_tokens": 2}).json()
+        assert cut["truncated"] is True
+
+    def test_health_tells_what_is_known(self, gateway):
+        body = gateway.get("/health").json()
+        assert (body["ok"], body["backend"], body["device"]) == (True, "openai", None)
+        assert body["gpt_oss_model"] == "sightline-tiny-gpt-oss"
+
+    def test_out_of_tokens_is_no_final_answer(self, gateway, s3_uri):
+        body = gateway.post("/caption", json={"s3_uri": s3_uri, "max_tokens": 3}).json()
+        assert body["enhancement_error"]["code"] == "no_final_answer"
+
+    def test_the_enhancement_is_streamed_as_it_is_made(self, gateway, s3_uri):
+        whole = gateway.post("/caption", json={"s3_uri": s3_uri, "reasoning_level": "high"}).json()
+        response = gateway.post(
+            "/caption", json={"s3_uri": s3_uri, "reasoning_level": "high"}, headers={"Accept": "text/event-stream"}
+        )
+        (first, caption), *pieces, (last, answer) = events_of(response.text)
+        assert (first, caption) == ("caption", {"caption": RED_CIRCLE})
+        assert {name for name, _ in pieces} == {"enhancement.delta"}
+        assert len(pieces) > 3
+        assert "".join(data["delta"] for _, data in pieces) == whole["caption"]
+        assert (last, answer) == ("done", whole)
+
+    def gateway_for(self, launcher: Launcher, describe: Server, s3_server, *enhancer: str) -> Server:
+        return launcher.start(
+            "pipeline", "--describe-url", describe.url, "--enhance-protocol", "openai", *enhancer,
+            env=s3_server.environment(),
+        ).wait_ready()  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("flags", "code", "told"),
+        [
+            (("--enhance-model", "gpt-5"), "enhancer_failed", "does not know this gateway's model name"),
+            (("--enhance-api-key", "wrong"), "enhancer_failed", "refuses this gateway's key"),
+            (("--enhance-api-key", "right"), None, None),
+        ],
+        ids=["a model that it has not", "a wrong key", "the right key"],
+    )
+    def test_a_wrong_enhancer_costs_the_enhancement_and_is_told_in_the_log(
+        self, launcher: Launcher, describe, locked_enhancer, s3_server, s3_uri, flags, code, told
+    ):
+        given = {"--enhance-url": locked_enhancer.url, "--enhance-api-key": "right"} | dict([flags])
+        gateway = self.gateway_for(launcher, describe, s3_server, *[word for pair in given.items() for word in pair])
+        with gateway.client() as client:
+            body = client.post("/caption", json={"s3_uri": s3_uri}).json()
+        assert body.get("enhancement_error", {}).get("code") == code
+        assert body["enhanced"] is (code is None)
+        assert told is None or told in gateway.log()
+
+    def test_nobody_listens(self, launcher: Launcher, describe, s3_server, s3_uri):
+        gateway = self.gateway_for(launcher, describe, s3_server, "--enhance-url", f"http://127.0.0.1:{free_port()}")
+        with gateway.client() as client:
+            body = client.post("/caption", json={"s3_uri": s3_uri}).json()
+        assert body["caption"] == RED_CIRCLE
+        assert body["enhancement_error"]["code"] == "enhancer_unavailable"
+
+
+def test_events_come_from_v2_steps_too(http, s3_uri):
+    response = http.post("/caption", json={"s3_uri": s3_uri}, headers={"Accept": "text/event-stream"})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    (first, caption), (last, answer) = events_of(response.text)
+    assert (first, caption) == ("caption", {"caption": RED_CIRCLE})
+    assert last == "done"
+    assert answer == http.post("/caption", json={"s3_uri": s3_uri}).json()
+
+
+def test_the_breakers_are_a_metric(http, s3_uri):
+    http.post("/caption", json={"s3_uri": s3_uri})
+    lines = http.get("/metrics").text.splitlines()
+    for step in ("caption", "enhance"):
+        assert f'sightline_breaker_state{{model_name="pipeline",step="{step}"}} 0.0' in lines
+
+
+def test_trace_context_reaches_the_steps(http, describe: Server, s3_uri):
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01", "tracestate": "vendor=value"}
+    assert http.post("/caption", json={"s3_uri": s3_uri}, headers=headers).status_code == 200
+    assert f"trace_id={trace}" in describe.log()

@@ -310,6 +310,7 @@ def _enhancing(context: Context) -> Generator[None]:
     except _NotAnswered:
         raise
     except SightlineError as error:
+        logger.warning("enhance step code=%s request_id=%s: %s", error.code, context.request_id, error.message)
         raise _as_unavailable(error) from error
     except Exception as error:  # a bug in the client of a step must not cost the caption either
         logger.exception("enhance step failed unexpectedly request_id=%s", context.request_id)
