@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from sightline.client import Client, RequestFailed
 from sightline.wire import CREATIVE_SEARCH_PROMPT, SHORT_PROMPT
 from tests.conftest import Launcher, Server, free_port
 from tests.scenes import RED_CIRCLE, encoded, random_scene, red_circle
@@ -379,3 +380,13 @@ def test_trace_context_reaches_the_steps(http, describe: Server, s3_uri):
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01", "tracestate": "vendor=value"}
     assert http.post("/caption", json={"s3_uri": s3_uri}, headers=headers).status_code == 200
     assert f"trace_id={trace}" in describe.log()
+
+
+def test_the_python_client_watches_it(pipeline: Server):
+    with Client(pipeline.url) as client:
+        events = dict(client.watch(red_circle(), preset="alt-text"))
+        assert events["caption"] == {"caption": RED_CIRCLE}
+        assert events["done"]["original_caption"] == RED_CIRCLE
+        with pytest.raises(RequestFailed) as raised:
+            list(client.watch(b"no image"))
+        assert (raised.value.status, raised.value.code) == (400, "image_undecodable")

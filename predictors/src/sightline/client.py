@@ -4,6 +4,9 @@
 {'caption': 'The image shows a large red circle on a white background.', 'enhanced': True, ...}
 """
 
+import contextlib
+import json
+from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -52,34 +55,84 @@ class Client:
         filename: str = "image",
         enhance: bool | None = None,
         level: str | None = None,
+        preset: str | None = None,
         explain: bool = False,
     ) -> dict[str, Any]:
         """Caption one encoded image; returns the pipeline's JSON answer. Raises RequestFailed."""
-        fields = {"explain": "true"} if explain else {}
-        if enhance is not None:
-            fields["use_gpt_oss"] = "true" if enhance else "false"
-        if level is not None:
-            fields["reasoning_level"] = level
+        fields = _fields(enhance, level, preset) | ({"explain": "true"} if explain else {})
         return self._send("POST", "/caption", files={"image": (filename, image)}, data=fields)
+
+    def watch(
+        self,
+        image: bytes,
+        *,
+        filename: str = "image",
+        enhance: bool | None = None,
+        level: str | None = None,
+        preset: str | None = None,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The same as it is made: `caption`, pieces as `enhancement.delta`, and `done` with the whole answer.
+
+        Raises RequestFailed, also when the pipeline breaks off with an `error`.
+        """
+        request = self._http.build_request(
+            "POST",
+            "/caption",
+            files={"image": (filename, image)},
+            data=_fields(enhance, level, preset),
+            headers={"Accept": "text/event-stream"},
+        )
+        with _reaching(self._http):
+            response = self._http.send(request, stream=True)
+        with contextlib.closing(response), _reaching(self._http):
+            if response.is_error:
+                response.read()
+                _answer(response)
+            name = ""
+            for line in response.iter_lines():
+                kind, _, value = line.partition(": ")
+                if kind == "event":
+                    name = value
+                elif kind == "data":
+                    data = cast("dict[str, Any]", json.loads(value))
+                    if name == "error":
+                        raise RequestFailed(data["detail"], code=data.get("code"))
+                    yield name, data
 
     def health(self) -> dict[str, Any]:
         """What the pipeline says of itself. Raises RequestFailed."""
         return self._send("GET", "/health")
 
     def _send(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401
-        try:
-            response = self._http.request(method, path, **arguments)
-        except httpx.HTTPError as error:
-            raise RequestFailed(f"{self._http.base_url} cannot be reached ({type(error).__name__})") from error
-        try:
-            body = cast("dict[str, Any]", response.json())
-        except ValueError as error:
-            raise RequestFailed(f"HTTP {response.status_code}: no JSON", status=response.status_code) from error
-        if response.is_error:
-            message = body.get("detail") or body.get("error") or "no reason given"
-            raise RequestFailed(
-                f"HTTP {response.status_code}: {message}",
-                status=response.status_code,
-                code=body.get("code"),
-            )
-        return body
+        with _reaching(self._http):
+            return _answer(self._http.request(method, path, **arguments))
+
+
+def _fields(enhance: bool | None, level: str | None, preset: str | None) -> dict[str, str]:
+    fields = {"reasoning_level": level, "preset": preset}
+    if enhance is not None:
+        fields["use_gpt_oss"] = "true" if enhance else "false"
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _reaching(http: httpx.Client) -> Generator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise RequestFailed(f"{http.base_url} cannot be reached ({type(error).__name__})") from error
+
+
+def _answer(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = cast("dict[str, Any]", response.json())
+    except ValueError as error:
+        raise RequestFailed(f"HTTP {response.status_code}: no JSON", status=response.status_code) from error
+    if response.is_error:
+        message = body.get("detail") or body.get("error") or "no reason given"
+        raise RequestFailed(
+            f"HTTP {response.status_code}: {message}",
+            status=response.status_code,
+            code=body.get("code"),
+        )
+    return body
