@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 
 import numpy as np
 import pytest
 import torch
 
-from sightline.tiny import GENERATE, HELD_OUT_DESCRIBE, dialogue, is_held_out, scenes
+from sightline.tiny import GENERATE, HELD_OUT_DESCRIBE, answers, dialogue, is_held_out, scenes
 from sightline.tiny import generator as g
 
 
@@ -25,6 +27,13 @@ def fresh(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fresh")
     g.save(g.make_model(len(tokenizer), seed=1), tokenizer, folder)
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    seed = int(os.environ.get("TINY_SEED", secrets.randbelow(2**31)))
+    print(f"TINY_SEED={seed}")
+    return seed
 
 
 def pictures(seed: int, count: int):
@@ -170,3 +179,30 @@ def test_the_saved_tokenizer_is_the_one_the_script_makes(generator, tokenizer) -
     assert saved.get_vocab() == tokenizer.get_vocab()
     text = dialogue.DESCRIBE_PROMPTS[2] + " a large red circle"
     assert saved(text).input_ids == tokenizer(text).input_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "allowed"), [("one object", 4), ("two objects", 7), ("text alone", 3)])
+def test_fresh_prompts_are_answered_exactly(generator, seed: int, kind: answers.Kind, allowed: int) -> None:
+    asked = answers.ask(generator, 30, seed, kind)
+    wrong = [f"{answer.prompt} | {answer.true} | {answer.said}" for answer in asked if not answer.is_right]
+    assert len(wrong) <= allowed, wrong
+
+
+@pytest.mark.parametrize("prompt", ["", "日本 🙂 ñ", "qwxz 17 zebra; " * 12, "a" * 300])
+def test_the_wording_of_the_prompt_does_not_derail_it(generator, seed: int, prompt: str) -> None:
+    rng = np.random.default_rng([seed, 77])
+    right = 0
+    for _ in range(8):
+        scene = scenes.draw_scene(rng, sides=(96, 600))
+        right += generator.reply(prompt, [scenes.render(scene)]) == scenes.caption(scene)
+    assert right >= 5
+
+
+def test_every_expert_of_every_layer_is_used(generator) -> None:
+    rng = np.random.default_rng(4)
+    with answers.expert_load(generator.model) as load:
+        for _ in range(6):
+            generator.reply(dialogue.PRESETS[0], [scenes.render(scenes.draw_scene(rng, 2, sides=(96, 400)))])
+    assert sorted(load) == ["1", "2"]
+    assert min(int(counts.min()) for counts in load.values()) > 0
