@@ -60,7 +60,7 @@ def test_every_native_route_is_there(everything: Server):
     with everything.client() as client:
         assert client.post("/api/v1/run", files={"image": red_circle()}).json()["status"] == "COMPLETED"
         patches = client.post("/patches", json={"dimensions": [{"width": 512, "height": 512}]}).json()["results"]
-        assert patches[0]["n_patches_x"] == 18
+        assert patches[0]["n_patches_x"] == 12
         assert client.post("/generate/text", json={"prompt": "Which shapes do you know?"}).json()["output"]
         assert client.post("/batch-caption", json={"image_paths": ["circle.png"]}).json()[0]["caption"]
 
