@@ -267,9 +267,15 @@ class TestSources:
         assert sources_of(fields) == [*urls, ImageS3("s3://b/4"), ImageUrl("https://a/5"), ImageS3("s3://b/6")]
         assert sources_of({"image": {"b64": "iVBORw0KGgo="}}) == [ImageBytes(b"\x89PNG\r\n\x1a\n")]
 
-    @pytest.mark.parametrize("fields", [{}, {"image": None}, {"images": []}, {"image_url": ""}, {"image_urls": [None]}])
+    @pytest.mark.parametrize("fields", [{}, {"image": None}, {"images": []}, {"image_urls": [None]}])
     def test_none_is_none(self, fields: dict[str, object]) -> None:
         assert sources_of(fields) == []
+
+    @pytest.mark.parametrize("fields", [{"image": ""}, {"image_url": ""}, {"images": ["https://a/1", ""]}], ids=str)
+    def test_an_empty_one_is_refused_and_no_question_is_answered_without_it(self, fields: dict[str, object]) -> None:
+        with pytest.raises(InvalidParameter) as raised:
+            sources_of(fields)
+        assert raised.value.code == "image_missing"
 
     @pytest.mark.parametrize(
         "fields",

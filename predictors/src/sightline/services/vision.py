@@ -206,7 +206,7 @@ def sources_of(fields: Mapping[str, object]) -> list[ImageSource]:
     for name in _IMAGE_FIELDS:
         value = fields.get(name)
         entries = cast("Sequence[object]", value) if isinstance(value, list) else [value]
-        found += [_source(name, entry) for entry in entries if entry is not None and entry != ""]
+        found += [_source(name, entry) for entry in entries if entry is not None]
     return check_count(found)
 
 
@@ -221,6 +221,8 @@ def _source(name: str, value: object) -> ImageSource:
     if isinstance(value, dict):
         packed = cast("Mapping[str, object]", value)
         value = packed.get("b64", packed.get("url"))
+    if value == "":  # not as if there were none: a question about it must not be answered without it
+        raise InvalidParameter(f"{name} is empty.", code="image_missing")
     if not isinstance(value, str) or not value.strip():
         raise InvalidParameter(f"{name} must be text.")
     return s3_source(value) if name == "s3_uri" else parse_source(value)
