@@ -513,6 +513,20 @@ class TestTimeToLive:
         assert keys(store) == []
 
     @only_memory
+    async def test_uploads_that_the_end_of_a_batch_left_behind_go_with_the_next_sweep(
+        self, serve: Serve, store: ObjectStore
+    ) -> None:
+        server = serve(Worker())
+        batch_id = await server.submit(items(1), {0: b"x"}, ME)
+        await finished(server, batch_id)
+        obstore.put(store, f"uploads/{batch_id}/0", b"x")
+
+        await server.sweep()
+
+        assert not [key for key in keys(store) if key.startswith("uploads/")]
+        assert (await state_of(server, batch_id)).status == "completed"
+
+    @only_memory
     async def test_uploads_of_a_client_that_left_half_way_go_after_an_hour(
         self, serve: Serve, store: ObjectStore, clock: Clock
     ) -> None:

@@ -212,10 +212,16 @@ class Batches:
             except Exception:  # one broken batch must not stop the others
                 log.warning("cannot read batch %s", batch_id, exc_info=True)
         for batch_id in await self._objects.folders("uploads/"):
-            if "request.json" not in batches.get(batch_id, ()):
-                written = await self._objects.newest(f"uploads/{batch_id}/")
-                if self._clock() > written + ORPHAN_SECONDS:
-                    await self._objects.delete(f"uploads/{batch_id}/")
+            if await self._are_useless(batch_id, batches.get(batch_id, set())):
+                await self._objects.delete(f"uploads/{batch_id}/")
+
+    async def _are_useless(self, batch_id: str, keys: set[str]) -> bool:
+        """Whether nobody will read the uploads of a batch any more."""
+        if "request.json" in keys:
+            return (
+                "result.json" in keys and batch_id not in self._tasks
+            )  # whoever ended it deletes them now, or did not
+        return self._clock() > await self._objects.newest(f"uploads/{batch_id}/") + ORPHAN_SECONDS
 
     async def _sweep_one(self, batch_id: str, keys: set[str]) -> None:
         if "result.json" in keys:
