@@ -32,6 +32,7 @@ OUTPUTS = [
     {"name": "totals", "datatype": "FP32", "shape": [-1, 2]},
 ]
 MIB = 1 << 20
+KEY = "correct-horse"
 
 
 class Refused(Exception):
@@ -105,6 +106,8 @@ class FaultyServer:
         return {"error": message}
 
     def route(self, method, path, headers, body, more):
+        if self.has("wants a key") and headers.get("x-api-key") != KEY:
+            raise Refused(403, "no key")
         if path.startswith("/openai/v1"):
             return self.openai(method, path.removeprefix("/openai/v1"), body, more)
         if method not in {"GET", "POST"} or (method == "POST") != path.endswith(("/infer", "/unload")):
@@ -459,6 +462,8 @@ class Servicer(service.GRPCInferenceServiceServicer):
         return response
 
     def find(self, name: str, context) -> None:
+        if self.server.has("wants a key") and dict(context.invocation_metadata()).get("x-api-key") != KEY:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key")
         if name != MODEL:
             code = grpc.StatusCode.INTERNAL if self.server.has("400 for unknown models") else grpc.StatusCode.NOT_FOUND
             context.abort(code, "no such model")

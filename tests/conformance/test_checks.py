@@ -1,12 +1,14 @@
 """Every check of the suite passes against a server that does everything right, and fails for the fault it is about."""
 
+from dataclasses import replace
+
 import pytest
 
 from sightline.conformance.catalogue import CHECKS, selected
 from sightline.conformance.run import Unreachable, run
 from sightline.conformance.suite import Outcome, run_here
 from sightline.conformance.target import Address, Target
-from tests.conformance.faulty_server import FaultyServer, running
+from tests.conformance.faulty_server import KEY, FaultyServer, running
 from tests.conftest import free_port
 
 FAULTS = {
@@ -119,6 +121,15 @@ def test_a_server_that_does_everything_right_passes_every_check(server):
     found = outcomes(server)
     assert set(found) == {check.id for check in CHECKS}
     assert {name: told for name, told in found.items() if told[0] is not Outcome.PASS} == {}
+
+
+def test_the_key_goes_with_every_request(server):
+    keyed = replace(address(server), api_key=KEY)
+    with server.with_faults("wants a key"):
+        results = run(selected(), keyed)
+        assert {result.id: result.reason for result in results if result.outcome is not Outcome.PASS} == {}
+        refused = run(selected(["json.infer"]), address(server))
+    assert refused[0].outcome is Outcome.FAIL
 
 
 def test_every_check_has_a_fault():

@@ -120,13 +120,15 @@ def _fuzz(target: Target) -> Findings:
     with tempfile.TemporaryDirectory(prefix="sightline-conformance-") as folder:
         place = Path(folder)
         (place / "protocol.json").write_text(json.dumps(document_for(target)), "utf-8")
-        headers = [f"--header={name}: {value}" for name, value in target.address.headers.items()]
+        # In a file: a key on the command line could be read by everybody on this machine.
+        settings = [f"{name} = {json.dumps(value)}" for name, value in target.address.headers.items()]
+        (place / "schemathesis.toml").write_text("\n".join(["[headers]", *settings]), "utf-8")
         command = [
             *(sys.executable, "-m", "schemathesis.cli", "run", "protocol.json", "--url", target.address.url),
             *("--phases", "examples,coverage,fuzzing", "--max-examples", str(EXAMPLES), "--seed", str(SEED)),
             *("--checks", "all", "--exclude-checks", ",".join(UNUSED), "--continue-on-failure", "--no-shrink"),
             *("--suppress-health-check", "all", "--request-timeout", str(target.address.timeout_seconds)),
-            *("--output-sanitize", "false", "--report", "ndjson", "--report-ndjson-path", "events.ndjson", *headers),
+            *("--output-sanitize", "false", "--report", "ndjson", "--report-ndjson-path", "events.ndjson"),
         ]
         try:
             done = subprocess.run(
