@@ -58,8 +58,8 @@ class Parent:
 def parent(tmp_path: Path):
     parent = Parent(tmp_path)
     yield parent
-    parent.process.kill()
-    parent.process.wait()
+    parent.process.terminate()  # and with it the child
+    parent.process.wait(60)
     parent.process.stdout.close()
 
 
