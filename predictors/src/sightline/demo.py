@@ -262,7 +262,9 @@ def _ask_the_others(urls: dict[str, str], console: Console) -> None:
     with httpx.Client(timeout=120, trust_env=False) as client:
         question = "Which image holds a star?"
         files = [("images", ("1.png", circle)), ("images", ("2.png", star))]
-        answer = _asked(client, f"{urls['generate']}/generate/image", data={"prompt": question}, files=files)
+        answer = _asked(
+            client, f"{urls['generate']}/generate/image", data={"prompt": question, "temperature": "0"}, files=files
+        )
         console.print(_told("generate", "two images", question, str(answer["output"]), answer))
 
         query = "a small blue star on a gray background"
