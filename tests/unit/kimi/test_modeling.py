@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sightline.models.kimi_vl import KimiVLConfig, KimiVLForConditionalGeneration
+from sightline.models.kimi_vl.modeling import LatentAttention
 from tests.unit.kimi import reference
 from tests.unit.kimi.reference import Array
 from tests.unit.kimi.small import TEXT, VISION, published_weights, random_model, raw_config, write_checkpoint
@@ -221,23 +222,63 @@ class TestWholeModel:
         model.zero_grad(set_to_none=True)
         assert not idle
 
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_step_by_step_with_the_cache_gives_the_same_logits(
-        self, model: KimiVLForConditionalGeneration, config: dict[str, Any]
+        self,
+        model: KimiVLForConditionalGeneration,
+        config: dict[str, Any],
+        implementation: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         pad = config["media_placeholder_token_id"]
         ids = torch.tensor([[5, 17, *[pad] * 6, 18, 40, 41, 42, 43, 44, 45]])
         images = {"pixel_values": patches_of((4, 6))[0], "image_grid_thw": grid_tensor((4, 6))}
         first = 10
+        monkeypatch.setattr(model.config.text_config, "_attn_implementation", implementation)
 
         with torch.inference_mode():
             whole = model(input_ids=ids, **images, use_cache=False).logits[0]
             out = model(input_ids=ids[:, :first], **images, use_cache=True)
             steps = [out.logits[0]]
+            monkeypatch.setattr(LatentAttention, "expand_kv", None)  # never for one token: it reads the latents
             for at in range(first, ids.shape[1]):
                 out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
                 steps.append(out.logits[0])
 
         torch.testing.assert_close(torch.cat(steps), whole, rtol=0, atol=1e-5)
+
+    def test_with_a_latent_for_queries_too(self) -> None:
+        """Other DeepSeek-V3 text models have one; Kimi-VL-A3B has none."""
+        model = random_model(8, q_lora_rank=32)
+        ids = torch.arange(20, 30)[None]
+
+        with torch.inference_mode():
+            whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+            cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+            step = model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1]
+
+        torch.testing.assert_close(step, whole, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    def test_padding_in_the_cache_is_not_seen(
+        self, model: KimiVLForConditionalGeneration, implementation: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(model.config.text_config, "_attn_implementation", implementation)
+        ids = torch.arange(20, 30)[None]
+        padded = torch.cat([torch.full((1, 4), 3), ids], dim=1)
+        mask = torch.tensor([[0] * 4 + [1] * 10])
+        at = (mask.cumsum(-1) - 1).clamp(min=0)
+
+        with torch.inference_mode():
+            cache = model(
+                input_ids=padded[:, :-1], attention_mask=mask[:, :-1], position_ids=at[:, :-1], use_cache=True
+            ).past_key_values
+            last = model(
+                input_ids=padded[:, -1:], attention_mask=mask, position_ids=at[:, -1:], past_key_values=cache
+            ).logits[0, -1]
+            alone = model(input_ids=ids, use_cache=False).logits[0, -1]
+
+        torch.testing.assert_close(last, alone, rtol=0, atol=1e-5)
 
 
 class TestFullSize:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, apply_rotary_pos_emb_interleave
 from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
 
 from sightline.models.kimi_vl.checkpoint import checkpoint_files, fill, save_published
@@ -30,6 +31,59 @@ class PatchProjection(torch.nn.Module):
         return F.linear(pixels.flatten(1).to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
+class LatentAttention(DeepseekV3Attention):
+    """Attention that reads the cached latents as they are when it decodes.
+
+    transformers expands all cached latents to keys and values for each new token: at 1,024 tokens and the published
+    sizes 80 times the work of bringing the one query down to the latents instead, q·(Wc) = (Wᵀq)·c.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any = None,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Hidden states (B, T, D) to the same shape, and None."""
+        config: Any = self.config
+        is_known = config._attn_implementation in ("sdpa", "eager") and config.rope_interleave
+        if hidden_states.shape[1] > 1 or past_key_values is None or not is_known:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        query, query_turned = self._query(hidden_states)
+        latent, key_turned = self._latent(hidden_states)
+        query_turned, key_turned = apply_rotary_pos_emb_interleave(query_turned, key_turned, *position_embeddings)
+        latent, key_turned = (part[:, 0] for part in past_key_values.update(latent, key_turned, self.layer_idx))
+
+        expand = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        to_keys, to_values = expand.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        lowered = torch.einsum("bhn,hnr->bhr", query[:, :, 0], to_keys)
+        scores = lowered @ latent.transpose(1, 2) + query_turned[:, :, 0] @ key_turned.transpose(1, 2)
+        scores = scores.float() * self.scaling
+        if attention_mask is not None:
+            seen = attention_mask[:, :, 0]
+            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+        mixed = scores.softmax(dim=-1).to(latent.dtype) @ latent
+        return self.o_proj(torch.einsum("bhr,hvr->bhv", mixed, to_values).flatten(1)[:, None]), None
+
+    def _query(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, heads, T, nope) and (B, heads, T, rope), the second not turned yet."""
+        own: Any = self
+        if own.q_lora_rank is None:
+            flat = own.q_proj(hidden_states)
+        else:
+            flat = own.q_b_proj(own.q_a_layernorm(own.q_a_proj(hidden_states)))
+        heads = flat.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+    def _latent(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 1, T, rank) and the key that all heads share, (B, 1, T, rope), not turned yet."""
+        both = self.kv_a_proj_with_mqa(hidden_states)
+        latent, key = both.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(latent)[:, None], key[:, None]
+
+
 class KimiVLForConditionalGeneration(Kimi_K25ForConditionalGeneration):
     """Images and text to text. Loads and saves the published file layout and nothing else.
 
@@ -44,6 +98,8 @@ class KimiVLForConditionalGeneration(Kimi_K25ForConditionalGeneration):
         super().__init__(config)
         patches: Any = self.model.vision_tower.patch_embed
         patches.proj = PatchProjection(patches.proj)
+        for layer in self.model.language_model.layers:
+            layer.self_attn.__class__ = LatentAttention
 
     @classmethod
     def from_pretrained(  # type: ignore[override] - transformers' own maps names wrongly when q_lora_rank is null
