@@ -60,10 +60,11 @@ def test_keys_are_needed_unless_switched_off_by_name(launcher: Launcher):
 def test_a_wrong_key_is_403_everywhere_but_at_the_probes(launcher: Launcher):
     server = launcher.start("enhance", auth="api-key", env={"API_KEY": "first,second"}).wait_ready()
     with server.client() as client:
-        for path in ("/docs", "/openapi.json", "/metrics", "/v2", "/v1/models", "/nowhere"):
+        for path in ("/docs", "/openapi.json", "/metrics", "/", "/v2", "/v1/models", "/openai/v1/models", "/nowhere"):
             response = client.get(path, headers={"X-API-Key": "wrong"})
             assert response.status_code == 403, path
-            assert response.json()["code"] == "invalid_api_key"
+            body = response.json()
+            assert (body.get("code") or body["error"]["code"]) == "invalid_api_key"
         for path in ("/health", "/v2/health/live", "/v2/health/ready", "/v2/models/enhance/ready"):
             assert client.get(path).status_code == 200, path
         for headers in ({"X-API-Key": "second"}, {"Authorization": "Bearer first"}):
