@@ -60,6 +60,11 @@ class TestSampling:
 
         assert sampling_of(options, DEFAULTS) == Sampling(5, 0.7, 0.9, 42)
 
+    def test_whole_numbers_become_the_floats_that_transformers_insists_on(self) -> None:
+        sampling = sampling_of({"temperature": 2, "top_p": 1}, DEFAULTS)
+
+        assert [type(value) for value in (sampling.temperature, sampling.top_p)] == [float, float]
+
     @pytest.mark.parametrize(
         ("options", "tokens"),
         [

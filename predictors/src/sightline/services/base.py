@@ -171,9 +171,9 @@ def sampling_of(options: Mapping[str, object], defaults: Sampling) -> Sampling:
             max_tokens=int(_number("max_tokens", tokens, 1, MAX_TOKENS_CEILING, whole=True)),
         )
     if (temperature := options.get("temperature")) is not None:
-        sampling = replace(sampling, temperature=_number("temperature", temperature, 0, 2))
+        sampling = replace(sampling, temperature=float(_number("temperature", temperature, 0, 2)))
     if (top_p := options.get("top_p")) is not None:
-        value = _number("top_p", top_p, 0, 1)
+        value = float(_number("top_p", top_p, 0, 1))
         if value == 0:
             raise InvalidParameter("top_p must be greater than 0 and at most 1.")
         sampling = replace(sampling, top_p=value)
