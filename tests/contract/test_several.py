@@ -24,8 +24,10 @@ def test_v2_lists_all_and_each_is_asked_by_its_name(everything: Server):
             names, "READY"
         )
         for name in names - {"enhance", "embed"}:
-            answer = client.post(f"/v2/models/{name}/infer", json={"inputs": [tensor("image", image)]}).json()
-            assert answer["model_name"] == name
+            asked = [tensor("prompt", "What is in this image?")] if name in {"describe", "generate"} else []
+            body = {"inputs": [tensor("image", image), *asked], "parameters": {"temperature": 0.0}}
+            answer = client.post(f"/v2/models/{name}/infer", json=body).json()
+            assert answer.get("model_name") == name, answer
             (text,) = (item["data"][0] for item in answer["outputs"] if item["name"] == "text")
             assert "red circle" in text, (name, text)
         for name in names:
