@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 180
+START_SECONDS = 600
 
 
 def free_port() -> int:
@@ -45,7 +45,7 @@ class Server:
         return f"127.0.0.1:{self.grpc_port}"
 
     def client(self, **options: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, headers=self.headers, **options)
+        return httpx.Client(base_url=self.url, timeout=180, trust_env=False, headers=self.headers, **options)
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")

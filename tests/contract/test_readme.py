@@ -58,7 +58,7 @@ def test_its_shell_blocks_are_answered_as_written(folder, servers):
     for line in "".join(SHELL[2:]).splitlines():
         done = subprocess.run(
             ["bash", "-c", on_ports(line, servers)],
-            cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+            cwd=folder, capture_output=True, text=True, check=False, timeout=180,
             env=os.environ | {"SIGHTLINE_URL": servers["8080"].url},
         )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
@@ -76,7 +76,7 @@ def test_its_python_blocks_run(folder, servers, block):
     (folder / "scene.png").write_bytes(red_circle())
     done = subprocess.run(
         [sys.executable, "-c", on_ports(block, servers)],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+        cwd=folder, capture_output=True, text=True, check=False, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "->" in done.stdout

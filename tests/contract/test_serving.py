@@ -47,7 +47,7 @@ def test_a_failed_load_exits_non_zero(launcher: Launcher, tmp_path: Path, fault:
     elif fault == "not a Qwen":
         shutil.copytree(TINY / "enhance", model)
     server = launcher.start("describe", "--model", str(model))
-    assert server.process.wait(120) == 1
+    assert server.process.wait(500) == 1
     assert "stopped:" in server.log()
 
 
