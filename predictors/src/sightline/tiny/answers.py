@@ -5,9 +5,9 @@ Nothing of the training code runs here.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,25 +43,44 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A prompt, the RGB pictures before it, a system turn or none."""
+
+    prompt: str
+    images: tuple[Image.Image, ...] = ()
+    system: str = ""
+
+
+@dataclass(frozen=True)
 class Loaded:
     """The loaded generator."""
 
     model: Any
     processor: Any
 
-    def reply(self, prompt: str, images: list[Image.Image], *, system: str | None = None, tokens: int = 120) -> str:
-        """Greedy answer; RGB pictures come before the prompt."""
-        messages: list[dict[str, Any]] = []
-        if system is not None:
-            messages.append({"role": "system", "content": system})
-        shown = [{"type": "image", "image": image} for image in images]
-        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": prompt}]})
+    def replies(self, asked: Sequence[Asked], *, tokens: int = 120) -> list[str]:
+        """Greedy answers of one batch, padded on the left; RGB pictures come before the prompt."""
+        conversations: list[list[dict[str, Any]]] = []
+        for one in asked:
+            shown = [{"type": "image", "image": image} for image in one.images]
+            user = {"role": "user", "content": [*shown, {"type": "text", "text": one.prompt}]}
+            conversations.append([*([{"role": "system", "content": one.system}] if one.system else []), user])
+        self.processor.tokenizer.padding_side = "left"
         inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
         )
         with torch.no_grad():
             out = self.model.generate(**inputs, max_new_tokens=tokens)
-        return self.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def reply(self, prompt: str, images: Sequence[Image.Image] = (), *, system: str = "") -> str:
+        """Greedy answer to one prompt."""
+        return self.replies([Asked(prompt, tuple(images), system)])[0]
 
 
 def load(folder: Path = GENERATE) -> Loaded:
@@ -82,25 +101,34 @@ def ask(generator: Loaded, count: int, seed: int, kind: Kind) -> list[Answer]:
     """Draw `count` prompts of a kind, carry each picture through file bytes, and have the prompts answered."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     answers: list[Answer] = []
-    for number in range(count):
-        shown: list[scenes.Scene] = []
-        if kind in ("one object", "two objects", "held-out caption"):
-            shown = [_draw(rng, 1 if kind == "one object" else 2, only_held_out=kind == "held-out caption")]
-            prompt = dialogue.PRESETS[number % len(dialogue.PRESETS)]
-            true = scenes.caption(shown[0])
-        elif kind == "text alone":
-            prompt, true = dialogue.draw_text(rng)
-        else:
-            shown = [_draw(rng, None) for _ in range(2 + number % 2)]
-            if kind == "which image":
-                prompt, true = dialogue.draw_which(rng, shown)
-            else:
-                prompt, true = "Describe the images.", dialogue.describe_answer(shown)
-        files = [scenes.encode(scenes.render(scene), rng) for scene in shown]
-        said = generator.reply(prompt, [scenes.decode(data) for data, _ in files])
-        pixels = tuple((scene.width, scene.height) for scene in shown)
-        answers.append(Answer(kind, prompt, pixels, tuple(form for _, form in files), true, said))
+    while len(answers) < count:
+        asked: list[Asked] = []
+        drawn: list[Answer] = []
+        for number in range(len(answers), min(len(answers) + BATCH, count)):
+            shown, prompt, true = _question(rng, kind, number)
+            files = [scenes.encode(scenes.render(scene), rng) for scene in shown]
+            asked.append(Asked(prompt, tuple(scenes.decode(data) for data, _ in files)))
+            pixels = tuple((scene.width, scene.height) for scene in shown)
+            drawn.append(Answer(kind, prompt, pixels, tuple(form for _, form in files), true, ""))
+        answers += [replace(one, said=said) for one, said in zip(drawn, generator.replies(asked), strict=True)]
     return answers
+
+
+BATCH = 20
+
+
+def _question(rng: np.random.Generator, kind: Kind, number: int) -> tuple[list[scenes.Scene], str, str]:
+    """Scenes, prompt and true answer."""
+    if kind == "text alone":
+        return [], *dialogue.draw_text(rng)
+    if kind == "which image":
+        shown = [_draw(rng, None) for _ in range(2 + number % 2)]
+        return shown, *dialogue.draw_which(rng, shown)
+    if kind == "each image":
+        shown = [_draw(rng, None) for _ in range(2 + number % 2)]
+        return shown, "Describe the images.", dialogue.describe_answer(shown)
+    scene = _draw(rng, 1 if kind == "one object" else 2, only_held_out=kind == "held-out caption")
+    return [scene], dialogue.PRESETS[number % len(dialogue.PRESETS)], scenes.caption(scene)
 
 
 @contextmanager
@@ -129,8 +157,12 @@ def expert_load(model: Any) -> Generator[dict[str, torch.Tensor]]:  # noqa: ANN4
 def measure(count: int, seed: int, folder: Path = GENERATE) -> dict[str, Any]:
     """Share of exact answers of each kind, of captions by file format, and how the work spreads over experts."""
     generator = load(folder)
-    with expert_load(generator.model) as load_by_layer:
-        found = {kind: ask(generator, count, seed, kind) for kind in KINDS}
+    found = {kind: ask(generator, count, seed, kind) for kind in KINDS}
+    rng = np.random.default_rng([seed, len(KINDS)])
+    with expert_load(generator.model) as load_by_layer:  # one by one: padding would be counted too
+        for number in range(24):
+            shown, prompt, _ = _question(rng, KINDS[number % len(KINDS)], number)
+            generator.reply(prompt, [scenes.render(scene) for scene in shown])
     captions = found["one object"] + found["two objects"]
 
     def share(part: list[Answer]) -> float:
