@@ -457,7 +457,7 @@ def exact(model: BlipForConditionalGeneration, tokenizer: Tokenizer, samples: li
     return one, two
 
 
-LEGS = (3500,)
+LEGS = (1058, 1105, 872)
 """Optimiser steps of each leg. Every leg has fresh pictures and a learning-rate schedule of its own, and goes on from
 the weights of the one before."""
 BATCH = 32
