@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from sightline.engines.base import Generated
 from sightline.errors import InternalError, InvalidParameter
@@ -295,3 +296,43 @@ class TestLoading:
         model = load(write_checkpoint(tmp_path / "longer", random_model(0, **longer), **longer))
 
         assert len(model.preprocess([], "é" * 600).input_ids) > 512
+
+
+class TestSmallModel:
+    """The trained checkpoint of the demonstration: the same code reads it."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def small(cls) -> KimiVL:
+        return load(TINY / "generate")
+
+    @pytest.mark.parametrize("system", [None, "be brief"])
+    @pytest.mark.parametrize("sizes", [[], [(84, 60)], [(100, 40), (30, 90)]])
+    def test_is_asked_as_its_chat_template_says(
+        self, small: KimiVL, sizes: list[tuple[int, int]], system: str | None
+    ) -> None:
+        images = [picture("red", size) for size in sizes]
+        prompt = small.preprocess(images, "Which image holds a star?", system)
+
+        shown = [{"type": "image", "image": image} for image in images]
+        turns = [{"role": "user", "content": [*shown, {"type": "text", "text": "Which image holds a star?"}]}]
+        if system:
+            turns.insert(0, {"role": "system", "content": system})
+        inputs = AutoProcessor.from_pretrained(TINY / "generate").apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert torch.equal(inputs["input_ids"][0], prompt.input_ids)
+        if images:
+            assert prompt.pixel_values is not None
+            torch.testing.assert_close(inputs["pixel_values"], prompt.pixel_values)
+
+    def test_in_8_bits_has_nearly_the_same_logits(self, small: KimiVL) -> None:
+        pytest.importorskip("bitsandbytes", reason="needs the extra `bnb`")
+        eight = load(TINY / "generate", quantization="8bit")
+        assert eight.runtime.bytes_per_dtype["int8"] > 500_000
+
+        for images in ([], [picture()], [picture("blue"), picture("yellow", (60, 90))]):
+            inputs = small._collate([small.preprocess(images, "Which image holds a red shape?")])
+            with torch.inference_mode():
+                whole, rounded = (model._model(**inputs).logits.flatten().double() for model in (small, eight))
+            assert torch.cosine_similarity(whole, rounded, 0) > 0.999
