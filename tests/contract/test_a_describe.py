@@ -332,18 +332,19 @@ class TestImageReferences:
             assert (response.status_code, response.json()["code"]) == (400, "s3_uri_invalid")
 
 
+@pytest.fixture(scope="module")
+def front(session_launcher: Launcher, describe: Server):
+    server = session_launcher.start(
+        "describe", "--model-name", "front", "--engine", "remote", "--remote-url", describe.url,
+        "--remote-model", "describe", "--job-store", "memory://",
+    )  # fmt: skip
+    server.name = "front"
+    with server.wait_ready().client() as client:
+        yield client
+
+
 class TestRemoteEngine:
     """`--engine remote`: the same routes in front of a model behind an OpenAI-compatible URL; here, one of ours."""
-
-    @pytest.fixture(scope="class")
-    def front(self, session_launcher: Launcher, describe: Server):
-        server = session_launcher.start(
-            "describe", "--model-name", "front", "--engine", "remote", "--remote-url", describe.url,
-            "--remote-model", "describe", "--job-store", "memory://",
-        )  # fmt: skip
-        server.name = "front"
-        with server.wait_ready().client() as client:
-            yield client
 
     def test_contract_a_in_front_of_it(self, front, image_url):
         body = front.post("/api/v1/run", json={"image_url": image_url}).json()
