@@ -25,6 +25,7 @@ from sightline.errors import (
     InvalidImage,
     InvalidParameter,
     NotFound,
+    OutOfMemory,
     QueueFull,
     SightlineError,
     SourceRefused,
@@ -751,6 +752,27 @@ class TestManyItems:
             await gateway.run([PipelineRequest(ImageBytes(PNG))], seconds=0.5)
         gateway.describe.held.set()
         assert (await first)[0].enhanced
+
+    async def test_one_that_does_not_fit_the_device_fails_alone(self, gateway: Gateway) -> None:
+        large = png(9)
+
+        def full(call: v2.InferRequest) -> httpx.Response | None:
+            if call.inputs[0].data == (large,):
+                return httpx.Response(507, json={"error": "Too large.", "code": "out_of_memory"})
+            return None
+
+        gateway.describe.reply = full
+        outcomes = await gateway.run([wanted(ImageBytes(image)) for image in (PNG, large, PNG)])
+        error = {"error": "Too large.", "code": "out_of_memory", "http_status": 507}
+        predictions = gateway.service.to_v1(outcomes)["predictions"]
+        assert [prediction.get("caption") for prediction in predictions] == [PROSE, None, PROSE]
+        assert predictions[1] == error
+        response = gateway.service.to_v2(outcomes)
+        assert response.outputs[0].texts() == (PROSE, "", PROSE)
+        assert np.asarray(response.outputs[2].data).tolist() == [True, False, True]
+        assert orjson.loads(str(response.parameters["item_errors"])) == [None, error, None]
+        with pytest.raises(OutOfMemory):
+            await gateway.run([wanted(ImageBytes(large))])
 
     async def test_a_slow_source_is_504(self, gateway: Gateway) -> None:
         gateway.shelf.hangs = True

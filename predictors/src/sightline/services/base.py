@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
+import orjson
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from sightline import v2
-from sightline.errors import BadRequest, InvalidParameter, SightlineError
+from sightline.errors import BadRequest, InvalidParameter, OutOfMemory, SightlineError
 from sightline.sources import parse_source
 from sightline.wire import (
     MAX_IMAGES_PER_CALL,
@@ -133,6 +134,27 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
                 ) from failure
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def settled(outcomes: list[T]) -> list[T]:
+    """What became of the items of a call, where one that did not fit the device is an OutOfMemory among the others.
+
+    Raises it (507) when no item fits.
+    """
+    if all(isinstance(outcome, OutOfMemory) for outcome in outcomes):
+        raise cast("OutOfMemory", outcomes[0])
+    return outcomes
+
+
+def item_error(fault: SightlineError) -> Json:
+    """The answer to one item that failed among others that did not."""
+    return {"error": fault.message, "code": fault.code, "http_status": fault.status}
+
+
+def item_errors(outcomes: Sequence[object]) -> dict[str, v2.Scalar]:
+    """The V2 parameter for the same: a JSON list with null for each item that went well; nothing when all did."""
+    errors = [item_error(item) if isinstance(item, SightlineError) else None for item in outcomes]
+    return {"item_errors": orjson.dumps(errors).decode()} if any(errors) else {}
 
 
 def context_of(request: Request) -> Context:

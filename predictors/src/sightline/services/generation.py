@@ -8,13 +8,11 @@ from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any, Generic, TypeVar
 
-import orjson
-
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.engines.hf import HFEngine
 from sightline.engines.text import Pieces
 from sightline.errors import DeadlineExceeded, OutOfMemory
-from sightline.services.base import Json, demo_fields, together
+from sightline.services.base import Json, demo_fields, item_error, item_errors, together
 from sightline.v2 import Scalar
 from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, Usage
 
@@ -174,24 +172,17 @@ def parameters_of(outcomes: Sequence[Outcome]) -> dict[str, Scalar]:
         parameters["demo_model"] = True
     if any(item.downscaled for item in completions):
         parameters["downscaled"] = True
-    if len(completions) < len(outcomes):
-        errors = [None if isinstance(item, Completion) else _error(item) for item in outcomes]
-        parameters["item_errors"] = orjson.dumps(errors).decode()
-    return parameters
+    return parameters | item_errors(outcomes)
 
 
 def predictions_of(outcomes: Sequence[Outcome]) -> Json:
     """The V1 answer; an item that failed has `error` and `code` instead of a text."""
-    predictions = [_prediction(item) if isinstance(item, Completion) else _error(item) for item in outcomes]
+    predictions = [_prediction(item) if isinstance(item, Completion) else item_error(item) for item in outcomes]
     return {"predictions": predictions} | demo_fields(_made(outcomes)[0].model)
 
 
 def _made(outcomes: Sequence[Outcome]) -> list[Completion]:
     return [item for item in outcomes if isinstance(item, Completion)]
-
-
-def _error(fault: OutOfMemory) -> Json:
-    return {"error": fault.message, "code": fault.code, "http_status": fault.status}
 
 
 def _prediction(item: Completion) -> Json:

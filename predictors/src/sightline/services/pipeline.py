@@ -30,6 +30,7 @@ from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
     InvalidParameter,
+    OutOfMemory,
     Unavailable,
 )
 from sightline.services.base import (
@@ -41,12 +42,15 @@ from sightline.services.base import (
     image_of,
     images_of,
     instances_of,
+    item_error,
+    item_errors,
     level_of,
     preset_of,
     prompt_of,
     reject_unknown_inputs,
     s3_source,
     sampling_of,
+    settled,
     spread,
     together,
 )
@@ -128,6 +132,7 @@ class PipelineRequest:
 
 
 Prepared = tuple[tuple[ImageBytes, ChainOptions], ...]
+Outcome = ChainResult | OutOfMemory
 
 
 class PipelineService:
@@ -221,9 +226,18 @@ class PipelineService:
         """Fetch every image and check its header. Raises 4xx before a model is asked; 504 when it takes too long."""
         return tuple(await together([self._fetch(request, context) for request in requests]))
 
-    async def predict(self, prepared: Prepared, context: Context) -> list[ChainResult]:
-        """Run the chains together, at most `max_concurrency` of all calls at once; the first failure ends the rest."""
-        return await together([self._chain(image, options, context) for image, options in prepared])
+    async def predict(self, prepared: Prepared, context: Context) -> list[Outcome]:
+        """Run the chains together, at most `max_concurrency` of all calls at once; the first failure ends the rest.
+
+        But for an image that does not fit the caption step's device: it fails alone.
+        """
+        return settled(await together([self._outcome(image, options, context) for image, options in prepared]))
+
+    async def _outcome(self, image: ImageBytes, options: ChainOptions, context: Context) -> Outcome:
+        try:
+            return await self._chain(image, options, context)
+        except OutOfMemory as fault:
+            return fault
 
     async def _fetch(self, request: PipelineRequest, context: Context) -> tuple[ImageBytes, ChainOptions]:
         async with _turn(self._fetching, context):
@@ -319,8 +333,9 @@ class PipelineService:
     def from_v1(self, body: Mapping[str, object]) -> list[PipelineRequest]:
         return [self._request(*image_of(instance)) for instance in instances_of(body)]
 
-    def to_v1(self, results: Sequence[ChainResult]) -> Json:
-        return {"predictions": [_answer(result) for result in results]} | _demo(results[0])
+    def to_v1(self, results: Sequence[Outcome]) -> Json:
+        predictions = [_answer(item) if isinstance(item, ChainResult) else item_error(item) for item in results]
+        return {"predictions": predictions} | _demo(_made(results)[0])
 
     def from_v2(self, request: v2.InferRequest) -> list[PipelineRequest]:
         reject_unknown_inputs(request, self.inputs)
@@ -332,34 +347,38 @@ class PipelineService:
             self._request(image, options | {"prompt": prompt}) for image, prompt in zip(sources, prompts, strict=True)
         ]
 
-    def to_v2(self, results: Sequence[ChainResult]) -> v2.InferResponse:
-        first = results[0]
-        steps = [step for result in results for step in result.steps]
+    def to_v2(self, results: Sequence[Outcome]) -> v2.InferResponse:
+        items = [item if isinstance(item, ChainResult) else None for item in results]
+        made = _made(results)
+        first = made[0]
+        steps = [step for result in made for step in result.steps]
         parameters: dict[str, v2.Scalar] = {
             "model": first.model.name,
             "model_revision": first.model.revision,
             "image_tokens": sum(step.image_tokens or 0 for step in steps),
-            "milliseconds": max(sum(step.milliseconds for step in result.steps) for result in results),
+            "milliseconds": max(sum(step.milliseconds for step in result.steps) for result in made),
         }
-        if any(result.demo for result in results):
+        if any(result.demo for result in made):
             parameters["demo_model"] = True
         if enhancer := next((step.model for step in steps if step.name == "enhance"), None):
             parameters["enhancer_model"] = enhancer
-        if any(result.truncated for result in results):
+        if any(result.truncated for result in made):
             parameters["truncated"] = True
-        if any(result.downscaled for result in results):
+        if any(result.downscaled for result in made):
             parameters["downscaled"] = True
-        if any(result.added_terms is not None for result in results):
-            parameters["explanation"] = orjson.dumps([_explanation(result) for result in results]).decode()
+        if any(result.added_terms is not None for result in made):
+            parameters["explanation"] = orjson.dumps([_explanation(item) if item else None for item in items]).decode()
         return v2.InferResponse(
             model_name=self.name,
             outputs=(
-                v2.Tensor.of_texts("text", [result.caption for result in results]),
-                v2.Tensor.of_texts("original_text", [result.original_caption or result.caption for result in results]),
-                v2.Tensor.of_array("enhanced", "BOOL", np.array([result.enhanced for result in results])),
-                v2.Tensor.of_bytes("enhancement_error", [_fault_bytes(result) for result in results]),
+                v2.Tensor.of_texts("text", [item.caption if item else "" for item in items]),
+                v2.Tensor.of_texts("original_text", [_first_caption(item) if item else "" for item in items]),
+                v2.Tensor.of_array(
+                    "enhanced", "BOOL", np.array([item is not None and item.enhanced for item in items])
+                ),
+                v2.Tensor.of_bytes("enhancement_error", [_fault_bytes(item) if item else b"" for item in items]),
             ),
-            parameters=parameters,
+            parameters=parameters | item_errors(results),
         )
 
     # --- native ----------------------------------------------------------------------------------------------------
@@ -508,6 +527,10 @@ def _text(fields: Mapping[str, object], name: str) -> str | None:
     raise InvalidParameter(f"{name} must be text.")
 
 
+def _made(outcomes: Sequence[Outcome]) -> list[ChainResult]:
+    return [item for item in outcomes if isinstance(item, ChainResult)]
+
+
 def _answer(result: ChainResult) -> Json:
     """What every JSON answer says about one image: contract D1, and more only where there is more to say."""
     answer: Json = {"caption": result.caption}
@@ -523,6 +546,10 @@ def _answer(result: ChainResult) -> Json:
     if result.added_terms is not None:
         answer |= _explanation(result)
     return answer | _demo(result)
+
+
+def _first_caption(result: ChainResult) -> str:
+    return result.original_caption or result.caption
 
 
 def _explanation(result: ChainResult) -> Json:

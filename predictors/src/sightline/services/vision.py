@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory
 from sightline.images import Decoder, Limits
-from sightline.services.base import s3_source, together
+from sightline.services.base import s3_source, settled, together
 from sightline.services.generation import Generation, Outcome, completion, within
 from sightline.settings import EngineSettings
 from sightline.sources import Sources, parse_source
@@ -178,13 +178,6 @@ class Conversations(Generic[Model]):
         made = completion(model.postprocess(generated), generated, model.info, started)
         tags = tags_of(made.text) if request.preset == "tags" else None
         return replace(made, downscaled=downscaled, tags=tags)
-
-
-def settled(outcomes: list[Outcome]) -> list[Outcome]:
-    """What became of the items of a call. Raises OutOfMemory (507) when none of them fits."""
-    if all(isinstance(outcome, OutOfMemory) for outcome in outcomes):
-        raise cast("OutOfMemory", outcomes[0])
-    return outcomes
 
 
 def _has_images(request: ChatRequest) -> bool:

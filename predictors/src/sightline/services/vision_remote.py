@@ -15,9 +15,9 @@ from sightline.engines.remote import RemoteStep, new_client
 from sightline.engines.remote_openai import OpenAI
 from sightline.errors import OutOfMemory
 from sightline.images import Decoder, Limits, encode, media_type
-from sightline.services.base import together
+from sightline.services.base import settled, together
 from sightline.services.generation import Outcome, within
-from sightline.services.vision import Prepared, settled, tags_of
+from sightline.services.vision import Prepared, tags_of
 from sightline.settings import VisionSettings
 from sightline.sources import Sources
 from sightline.v2 import Scalar
