@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sightline.wire import DEFAULT_PROMPT, PRESETS
-from tests.conftest import Launcher, Server, free_port
+from tests.conftest import START_SECONDS, Launcher, Server, free_port
 from tests.scenes import BACKGROUNDS, RED_CIRCLE, Thing, draw, encoded, red_circle
 
 pytestmark = pytest.mark.usefixtures("chain_servers")
@@ -370,7 +370,7 @@ class TestRemoteEngine:
 
     def test_without_an_address_it_refuses_to_start(self, launcher: Launcher):
         server = launcher.start("describe", "--engine", "remote")
-        assert server.process.wait(60) == 2
+        assert server.process.wait(START_SECONDS) == 2
         assert "remote_url" in server.log()
 
 

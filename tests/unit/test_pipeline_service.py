@@ -826,7 +826,7 @@ BROKEN = UpstreamFailed("The enhance step broke off.")
 def streaming_by(gateway: Gateway, *pieces: str | Completion | Exception) -> Gateway:
     step = Streaming(V2("http://step", "enhance"), None, httpx.AsyncClient(), step="enhance")
     step.pieces = pieces
-    gateway.service._enhance = step
+    gateway.service._steps.enhance = step
     return gateway
 
 
@@ -1021,7 +1021,7 @@ class TestForeignSteps:
             settings(enhance_url="http://b/v1", enhance_protocol="openai", enhance_api_key="sk", step_api_key="k")
         )
         assert set(service.breakers) == {"caption", "enhance"}
-        keys = [step._key() for step in (service._caption, service._enhance)]  # type: ignore[union-attr]
+        keys = [step._key() for step in (service._steps.caption, service._steps.enhance)]  # type: ignore[union-attr]
         assert keys == [{"x-api-key": "k"}, {"authorization": "Bearer sk"}]
         await service.close()
 

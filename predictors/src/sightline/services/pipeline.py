@@ -11,21 +11,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapp
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import httpx
 import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field, SecretStr
 
 from sightline import chain, images, v2, web
 from sightline.chain import ChainOptions, ChainPolicy, ChainResult, as_completion
-from sightline.engines.breaker import CircuitBreaker
-from sightline.engines.dialect import StepMetadata, StepName
-from sightline.engines.remote import RemoteStep, new_client
-from sightline.engines.remote_openai import OpenAI
-from sightline.engines.remote_v2 import V2
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -56,17 +49,16 @@ from sightline.services.base import (
 )
 from sightline.services.bodies import json_response, read_body
 from sightline.services.events import event, streaming, wants_events
-from sightline.settings import PipelineSettings, StepProtocol
+from sightline.services.pipeline_openapi import CAPTION_CONTENT, EVENTS, FAULTS, CaptionAnswer, HealthAnswer
+from sightline.services.pipeline_steps import HEALTH_SECONDS, CaptionStep, EnhanceStep, Health, Steps
+from sightline.settings import PipelineSettings
 from sightline.sources import Sources, parse_source
 from sightline.wire import (
-    MAX_TOKENS_CEILING,
-    PRESETS,
     Completion,
     Context,
     ImageBytes,
     ImagePath,
     ImageSource,
-    ReasoningLevel,
     Sampling,
     Turn,
 )
@@ -76,8 +68,6 @@ logger = logging.getLogger(__name__)
 IMAGE_FAULT = "Failed to fetch/decode image: "
 """Contract D6: how the original begins such an answer."""
 
-HEALTH_SECONDS = 1.0
-HEALTH_CACHE_SECONDS = 2.0
 FIRST_POLL_SECONDS = 0.25
 LONGEST_POLL_SECONDS = 5.0
 
@@ -87,33 +77,6 @@ class Fetcher(Protocol):
 
     async def fetch(self, source: ImageSource) -> bytes: ...
     async def aclose(self) -> None: ...
-
-
-class Step(Protocol):
-    """What the gateway asks of a step beside its work."""
-
-    async def is_ready(self, timeout_seconds: float = ...) -> bool: ...
-    async def metadata(self, timeout_seconds: float = ...) -> StepMetadata | None: ...
-
-
-class CaptionStep(Step, Protocol):
-    """A step that describes; see `RemoteStep`."""
-
-    async def describe(
-        self, image: ImageBytes, prompt: str | None, sampling: Sampling, context: Context
-    ) -> Completion: ...
-
-
-class EnhanceStep(Step, Protocol):
-    """A step that enhances; see `RemoteStep`."""
-
-    async def enhance(
-        self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context
-    ) -> Completion: ...
-
-    def enhance_stream(
-        self, caption: str, level: ReasoningLevel, sampling: Sampling, context: Context
-    ) -> AsyncGenerator[str | Completion]: ...
 
 
 NO_OPTIONS = ChainOptions()
@@ -161,34 +124,8 @@ class PipelineService:
         self._sources: Fetcher = sources or Sources(settings)
         self._limits = images.Limits.from_settings(settings)
         self._decoder = images.Decoder(self._limits, threads=settings.decode_threads)
-        self._clients: list[httpx.AsyncClient] = []  # one pool a step: a slow enhancer must not starve the captions
-        self.breakers: dict[StepName, CircuitBreaker] = {}
-
-        def remote(step: StepName, protocol: StepProtocol, url: str, model: str, key: SecretStr | None) -> RemoteStep:
-            self._clients.append(new_client(settings.max_concurrency))
-            dialect = OpenAI(url, model) if protocol == "openai" else V2(url, model)
-            key = key or settings.step_api_key
-            made = RemoteStep(dialect, key.get_secret_value() if key else None, self._clients[-1], step=step)
-            self.breakers[step] = made.breaker
-            return made
-
-        self._caption = caption or remote(
-            "caption",
-            settings.describe_protocol,
-            settings.describe_url,
-            settings.describe_model,
-            settings.describe_api_key,
-        )
-        if enhance is None and settings.enhance_url is not None:
-            enhance = remote(
-                "enhance",
-                settings.enhance_protocol,
-                settings.enhance_url,
-                settings.enhance_model,
-                settings.enhance_api_key,
-            )
-        self._enhance = enhance
-        self._is_foreign = caption is None and settings.describe_protocol == "openai"
+        self._steps = Steps(settings, caption, enhance)
+        self.breakers = self._steps.breakers
         self._policy = ChainPolicy(
             enhance_by_default=settings.enhance_by_default,
             level=settings.reasoning_level,
@@ -199,12 +136,12 @@ class PipelineService:
         self._fetching = asyncio.Semaphore(settings.max_concurrency)
         self._running = asyncio.Semaphore(settings.max_concurrency)
         self._sleep = sleep
-        self._health = Health(self._caption, enhance, settings, clock)
+        self._health = Health(self._steps.caption, self._steps.enhance, settings, clock)
 
     async def load(self) -> None:
         """Wait until the caption step is ready, however long it loads. The enhance step may be down."""
         pause = FIRST_POLL_SECONDS
-        while not await self._caption.is_ready(HEALTH_SECONDS):
+        while not await self._steps.caption.is_ready(HEALTH_SECONDS):
             if pause == FIRST_POLL_SECONDS:
                 logger.info("waiting for the caption step url=%s", self._settings.describe_url)
             await self._sleep(pause)
@@ -213,8 +150,7 @@ class PipelineService:
 
     async def close(self) -> None:
         """Close the connections to the steps and to the image sources."""
-        for client in self._clients:
-            await client.aclose()
+        await self._steps.close()
         await self._sources.aclose()
         self._decoder.close()
 
@@ -256,7 +192,7 @@ class PipelineService:
         A stranger's step gets a small JPEG or PNG drawn anew: it need not know TIFF, what it sees costs by the pixel,
         and where a photograph was taken (EXIF) is none of its business.
         """
-        if not self._is_foreign:
+        if not self._steps.is_foreign:
             await asyncio.to_thread(images.probe, data, self._limits)
             return data
         width = self._settings.describe_max_width
@@ -270,8 +206,8 @@ class PipelineService:
                 image,
                 options,
                 context,
-                caption=self._caption.describe,
-                enhance=self._enhance.enhance if self._enhance else None,
+                caption=self._steps.caption.describe,
+                enhance=self._steps.enhance.enhance if self._steps.enhance else None,
                 policy=self._policy,
             )
         return _logged(result, context)
@@ -303,8 +239,8 @@ class PipelineService:
             image,
             options,
             context,
-            caption=self._caption.describe,
-            enhance=self._enhance.enhance_stream if self._enhance else None,
+            caption=self._steps.caption.describe,
+            enhance=self._steps.enhance.enhance_stream if self._steps.enhance else None,
             policy=self._policy,
         )
         async with _turn(self._running, context), aclosing(events):
@@ -391,8 +327,8 @@ class PipelineService:
             "/caption",
             summary="Caption one image, and enhance the caption",
             response_model=None,
-            responses={200: {"model": CaptionAnswer, "content": _EVENTS}} | _FAULTS,
-            openapi_extra={"requestBody": {"required": True, "content": _CAPTION_CONTENT}},
+            responses={200: {"model": CaptionAnswer, "content": EVENTS}} | FAULTS,
+            openapi_extra={"requestBody": {"required": True, "content": CAPTION_CONTENT}},
         )
         async def caption(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
             started = time.perf_counter()
@@ -459,62 +395,6 @@ class PipelineService:
                 raise BadRequest("This server reads no images from its own disk.", code="image_path_unsupported")
             return ImagePath(path), {"image_path": path}
         raise InvalidParameter("s3_uri or image is missing.", code="image_missing")
-
-
-class Health:
-    """What `GET /health` says: true values, short-lived, asked once for all who ask at the same time."""
-
-    def __init__(
-        self, caption: Step, enhance: Step | None, settings: PipelineSettings, clock: Callable[[], float]
-    ) -> None:
-        self._caption = caption
-        self._enhance = enhance
-        self._settings = settings
-        self._clock = clock
-        self._lock = asyncio.Lock()
-        self._asked_at: float | None = None
-        self._is_ready = False
-        self._caption_said: StepMetadata | None = None
-        self._enhance_said: StepMetadata | None = None
-
-    async def now(self) -> Json:
-        """The six keys of contract D4. Takes at most a second and never raises."""
-        async with self._lock:
-            if self._asked_at is None or self._clock() - self._asked_at >= HEALTH_CACHE_SECONDS:
-                await self._ask()
-                self._asked_at = self._clock()
-        caption, enhance = self._caption_said, self._enhance_said
-        return {
-            "ok": self._is_ready,
-            "backend": caption.backend if caption else None,
-            "device": caption.device if caption else None,
-            "gpt_oss_enabled": self._enhance is not None and self._settings.enhance_by_default,
-            "gpt_oss_model": enhance.model if enhance else None,
-            "gpt_oss_reasoning_level": self._settings.reasoning_level,
-        }
-
-    def metadata(self) -> dict[str, v2.Scalar]:
-        """The same for the V2 metadata, without asking; unknown values are left out."""
-        caption, enhance = self._caption_said, self._enhance_said
-        said: dict[str, v2.Scalar | None] = {
-            "model": caption.model if caption else None,
-            "model_revision": caption.revision if caption else None,
-            "demo_model": any(step.demo for step in (caption, enhance) if step),
-            "backend": caption.backend if caption else None,
-            "device": caption.device if caption else None,
-            "dtype": caption.dtype if caption else None,
-            "enhancer_model": enhance.model if enhance else None,
-            "enhance_by_default": self._enhance is not None and self._settings.enhance_by_default,
-            "reasoning_level": self._settings.reasoning_level,
-        }
-        return {name: value for name, value in said.items() if value is not None}
-
-    async def _ask(self) -> None:
-        self._is_ready, self._caption_said, self._enhance_said = await asyncio.gather(
-            self._caption.is_ready(HEALTH_SECONDS),
-            self._caption.metadata(HEALTH_SECONDS),
-            self._enhance.metadata(HEALTH_SECONDS) if self._enhance else _nothing(),
-        )
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
@@ -621,129 +501,3 @@ async def _turn(gate: asyncio.Semaphore, context: Context) -> AsyncGenerator[Non
         yield
     finally:
         gate.release()
-
-
-async def _nothing() -> None:
-    return None
-
-
-# --- OpenAPI ---------------------------------------------------------------------------------------------------------
-
-
-class CaptionOptions(BaseModel):
-    """What every body may say beside its image."""
-
-    detailed: bool = Field(True, description="false: one short sentence.")
-    use_gpt_oss: bool | None = Field(None, description="true: enhance; false: do not; absent: as the pipeline is set.")
-    reasoning_level: ReasoningLevel | None = Field(
-        None, description="Effort of the enhancer; absent: as the pipeline is set."
-    )
-    strict: bool = Field(False, description="true: a wanted enhancement that fails is 503, not a bare caption.")
-    explain: bool = Field(False, description="true: tell the steps, and which terms the enhancement added.")
-    prompt: str | None = Field(None, max_length=8192, description="Replaces the prompts of `preset` and `detailed`.")
-    preset: str | None = Field(
-        None,
-        description="Prompt of the caption step by name, instead of `detailed`.",
-        json_schema_extra={"enum": [*PRESETS, None]},
-    )
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS_CEILING, description="New tokens of either step.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 (default) is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, description="With a temperature: the same seed gives the same text.")
-    stream: bool = Field(False, description="true, or `Accept: text/event-stream`: answer in events, as it goes.")
-
-
-class CaptionBody(CaptionOptions):
-    """One image by its place or its content, and options. Unknown fields are ignored."""
-
-    s3_uri: str | None = Field(None, pattern="^s3://", description="`s3://bucket/key`; repeated in the answer.")
-    image: str | None = Field(None, description="Base64, a data URI, an allowed URL or s3://.")
-    image_url: str | None = Field(None, description="An allowed URL, a data URI or s3://.")
-    image_path: str | None = Field(None, description="A path below the server's image root, where it has one.")
-
-
-class EnhancementError(BaseModel):
-    """Why a wanted enhancement is missing."""
-
-    code: Literal[
-        "enhancer_not_configured",
-        "enhancer_unavailable",
-        "enhancer_timeout",
-        "enhancer_failed",
-        "no_final_answer",
-    ]
-    message: str
-
-
-class StepAnswer(BaseModel):
-    """One step that answered."""
-
-    name: Literal["caption", "enhance"]
-    model: str
-    revision: str
-    milliseconds: float
-    prompt_tokens: int
-    completion_tokens: int
-    image_tokens: int | None = Field(description="null: the model does not tell.")
-    reasoning_tokens: int
-
-
-class CaptionAnswer(BaseModel):
-    """`caption`, `enhanced` and what the request named its image by; every other field only where it applies."""
-
-    caption: str
-    enhanced: bool
-    original_caption: str | None = Field(None, description="The caption behind an enhanced one.")
-    s3_uri: str | None = Field(None, description="As in the request.")
-    image_path: str | None = Field(None, description="As in the request.")
-    filename: str | None = Field(None, description="Of an upload.")
-    processing_time: float | None = Field(None, description="Seconds, of an upload.")
-    enhancement_error: EnhancementError | None = Field(None, description="Enhancement was wanted and failed.")
-    truncated: bool | None = Field(None, description="true: a text was cut.")
-    downscaled: bool | None = Field(None, description="true: seen at half the pixels, for lack of memory.")
-    added_terms: list[str] | None = Field(None, description="With `explain`.")
-    steps: list[StepAnswer] | None = Field(None, description="With `explain`.")
-    demo_model: bool | None = Field(None, description="true: answered by a demonstration model.")
-    model: str | None = Field(None, description="Own name of the caption model, beside `demo_model`.")
-
-
-class HealthAnswer(BaseModel):
-    """Contract D4."""
-
-    ok: bool = Field(description="The caption step is ready now.")
-    backend: str | None = Field(description="Engine of the caption step; null while it does not answer.")
-    device: str | None = Field(description="Device of the caption step; null while it does not answer.")
-    gpt_oss_enabled: bool = Field(description="There is an enhance step, and it is used unless a request says no.")
-    gpt_oss_model: str | None = Field(description="Own name of the enhancing model; null while none answers.")
-    gpt_oss_reasoning_level: ReasoningLevel = Field(description="Used when a request names none.")
-
-
-class FaultAnswer(BaseModel):
-    """An error of a native route."""
-
-    detail: str
-    code: str
-
-
-_EVENTS: Json = {
-    "text/event-stream": {
-        "schema": {"type": "string", "description": "Events caption, enhancement.delta, done and error; data is JSON."}
-    }
-}
-
-_FAULTS: dict[int | str, dict[str, Any]] = {
-    status: {"model": FaultAnswer} for status in (400, 404, 413, 422, 429, 502, 503, 504)
-}
-
-
-def _form_schema() -> dict[str, Any]:
-    schema = CaptionOptions.model_json_schema()
-    schema["properties"] = {"image": {"type": "string", "format": "binary"}} | schema["properties"]
-    return schema | {"title": "CaptionForm", "required": ["image"]}
-
-
-_CAPTION_CONTENT: dict[str, Any] = {
-    "application/json": {"schema": CaptionBody.model_json_schema()},
-    "multipart/form-data": {"schema": _form_schema()},
-    "image/*": {"schema": {"type": "string", "format": "binary"}},
-}
