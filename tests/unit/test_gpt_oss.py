@@ -11,10 +11,10 @@ import torch
 
 from sightline.engines.base import Generated
 from sightline.errors import InvalidParameter
-from sightline.models.gpt_oss.model import INSTRUCTIONS, GptOss, Prompt, _refuse_dequantised, harmony_tokens
+from sightline.models.gpt_oss.model import GptOss, Prompt, _refuse_dequantised, harmony_tokens
 from sightline.models.loading import LoadFailed
 from sightline.settings import TINY, EnhanceSettings
-from sightline.wire import ReasoningLevel, Sampling, Turn
+from sightline.wire import ENHANCE_INSTRUCTIONS, ReasoningLevel, Sampling, Turn
 from tests.unit.checkpoints import DAMAGE, Weights, change_config, change_weights, copy_of
 
 CHECKPOINT = TINY / "enhance"
@@ -58,7 +58,7 @@ class TestPrompts:
     def test_the_caption_is_data_inside_tags(self, model: GptOss) -> None:
         text = text_of(model, model.preprocess(user(CAPTION), "low"))
 
-        assert INSTRUCTIONS in text
+        assert ENHANCE_INSTRUCTIONS in text
         assert f"<caption>\n{CAPTION}\n</caption>" in text
         assert text.endswith("<|start|>assistant")
 
@@ -98,7 +98,7 @@ class TestConversations:
         text = text_of(model, model.preprocess((Turn("system", ("Answer in rhyme.",)), *user("a cat")), "low"))
 
         assert "# Instructions\n\nAnswer in rhyme.<|end|>" in text
-        assert INSTRUCTIONS not in text
+        assert ENHANCE_INSTRUCTIONS not in text
         assert "<|start|>user<|message|>a cat<|end|>" in text
 
     def test_several_system_turns_are_one_developer_message(self, model: GptOss) -> None:
