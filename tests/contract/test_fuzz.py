@@ -22,7 +22,7 @@ from tests.examples import picture, requests
 from tests.unit.images.pictures import encoded
 
 PATIENCE_SECONDS = 120
-GROWTH_BYTES = 1600 * 1024 * 1024
+GROWTH_BYTES = 800 * 2**20
 """What a process may hold more after all of it, in pools of its allocator: less than a tenth of what was unpacked."""
 LEVEL_BYTES = 120 * 2**20
 """What it may hold more after heavy rounds than after the first of them."""
