@@ -1,0 +1,1 @@
+"""What should be done: from an object and what was seen to actions, status and events. Pure."""

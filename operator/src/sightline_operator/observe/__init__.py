@@ -1,0 +1,1 @@
+"""What is: the live objects that concern one VisionPipeline or VisionBatch."""

@@ -1,0 +1,52 @@
+"""What the operator is told once, at start: images, defaults, where it may look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+GROUP = "sightline.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+FIELD_MANAGER = "sightline-operator"
+OWNED_LABEL = "app.kubernetes.io/managed-by"
+OWNED_VALUE = "sightline-operator"
+PART_OF = "sightline"
+"""Children carry `app.kubernetes.io/{managed-by,part-of,name,component,instance}`; instance is the owner's name."""
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """What rendering needs beside the object.
+
+    images            by predictor: describe, generate, embed, enhance, blip, pipeline (the gateway), worker
+    deployment_mode   what the cluster's KServe calls it: Standard, RawDeployment, Knative or Serverless
+    """
+
+    images: Mapping[str, str] = field(
+        default_factory=lambda: {
+            name: f"sightline-{name}:0.1.0"
+            for name in ("describe", "generate", "embed", "enhance", "blip", "pipeline", "worker")
+        }
+    )
+    deployment_mode: str = "Standard"
+    cluster_domain: str = "svc.cluster.local"
+
+
+@dataclass(frozen=True)
+class OperatorSettings:
+    """Of the process.
+
+    namespaces    empty: all
+    repair_seconds  how often every object is looked at again when nothing happens, ± 20 %
+    """
+
+    render: RenderSettings = field(default_factory=RenderSettings)
+    namespaces: tuple[str, ...] = ()
+    lease_namespace: str = "default"
+    lease_name: str = "sightline-operator"
+    identity: str = ""
+    metrics_port: int = 9090
+    workers: int = 8
+    repair_seconds: float = 300.0
+    is_dry_run: bool = False
