@@ -1,0 +1,1 @@
+"""How an object is doing: conditions, reasons, and the deepest message that explains them. Pure."""
