@@ -1,0 +1,1 @@
+"""What is done to the cluster: one client, one executor, one writer of status."""

@@ -1,0 +1,91 @@
+"""The kinds the operator reads or writes: group, versions, plural and how each is watched. A table; no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sightline_operator.settings import FIELD_MANAGER, GROUP, OWNED_LABEL, OWNED_VALUE, VERSION
+
+OWNED = f"{OWNED_LABEL}={OWNED_VALUE}"
+ISVC_LABEL = "serving.kserve.io/inferenceservice"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """One kind.
+
+    versions      that we can speak, best first; an optional kind is served in any of them
+    selector      labels that the watch asks for; empty: all
+    fields        field selector of the watch
+    is_optional   another project's: its absence is a fact, not an error
+    """
+
+    kind: str
+    group: str
+    versions: tuple[str, ...]
+    plural: str
+    selector: str = OWNED
+    fields: str = ""
+    is_optional: bool = False
+
+    @property
+    def api_version(self) -> str:
+        """Of the best version."""
+        return self.versions[0] if not self.group else f"{self.group}/{self.versions[0]}"
+
+    def path(self, namespace: str | None, name: str = "", subresource: str = "", version: str = "") -> str:
+        """The URL path of the collection, or of one object; namespace None means all namespaces."""
+        root = f"/apis/{self.group}" if self.group else "/api"
+        parts = [root, version or self.versions[0]]
+        if namespace:
+            parts += ["namespaces", namespace]
+        parts += [part for part in (self.plural, name, subresource) if part]
+        return "/".join(parts)
+
+
+PIPELINES = Resource("VisionPipeline", GROUP, (VERSION,), "visionpipelines", selector="")
+BATCHES = Resource("VisionBatch", GROUP, (VERSION,), "visionbatches", selector="")
+
+CHILDREN = (
+    Resource("ServiceAccount", "", ("v1",), "serviceaccounts"),
+    Resource("ConfigMap", "", ("v1",), "configmaps"),
+    Resource("Service", "", ("v1",), "services"),
+    Resource("Deployment", "apps", ("v1",), "deployments"),
+    Resource("PodDisruptionBudget", "policy", ("v1",), "poddisruptionbudgets"),
+    Resource("NetworkPolicy", "networking.k8s.io", ("v1",), "networkpolicies"),
+    Resource("HorizontalPodAutoscaler", "autoscaling", ("v2",), "horizontalpodautoscalers"),
+    Resource("Job", "batch", ("v1",), "jobs"),
+)
+PODS = (
+    Resource("Pod", "", ("v1",), "pods"),
+    Resource("Pod", "", ("v1",), "pods", selector=f"{ISVC_LABEL},{OWNED_LABEL}!={OWNED_VALUE}"),
+)
+WARNINGS = Resource("Event", "", ("v1",), "events", selector="", fields="type=Warning,involvedObject.kind=Pod")
+OPTIONAL = (
+    Resource("InferenceService", "serving.kserve.io", ("v1beta1",), "inferenceservices", selector="", is_optional=True),
+    Resource("ServingRuntime", "serving.kserve.io", ("v1alpha1",), "servingruntimes", selector="", is_optional=True),
+    Resource("HTTPRoute", "gateway.networking.k8s.io", ("v1", "v1beta1"), "httproutes", is_optional=True),
+    Resource("ServiceMonitor", "monitoring.coreos.com", ("v1",), "servicemonitors", is_optional=True),
+    Resource("Workload", "kueue.x-k8s.io", ("v1beta2", "v1beta1"), "workloads", selector="", is_optional=True),
+)
+EVENTS = Resource("Event", "events.k8s.io", ("v1",), "events")
+LEASES = Resource("Lease", "coordination.k8s.io", ("v1",), "leases")
+
+OURS = (PIPELINES, BATCHES)
+BY_KIND = {resource.kind: resource for resource in (*OURS, *CHILDREN, PODS[0], *OPTIONAL, LEASES)}
+
+
+def resource_of(manifest: Any) -> Resource:
+    """The row of an object's kind, in the object's own version.
+
+    Raises KeyError: a kind that is not in the table, which is our bug.
+    """
+    row = BY_KIND[manifest["kind"]]
+    version = str(manifest["apiVersion"]).rpartition("/")[2]
+    return row if version == row.versions[0] else Resource(row.kind, row.group, (version,), row.plural, row.selector)
+
+
+def is_owned_entry(entry: Any) -> bool:
+    """Whether a managedFields entry is that of our server-side apply to the object itself."""
+    return entry.get("manager") == FIELD_MANAGER and entry.get("operation") == "Apply" and not entry.get("subresource")
