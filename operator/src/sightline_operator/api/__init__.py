@@ -1,0 +1,24 @@
+"""The API: VisionPipeline and VisionBatch from one typed source."""
+
+from .batch import Batch, BatchStatus, BatchTemplate, BatchWork
+from .definitions import crds, write_crds
+from .pipeline import BATCH_NAME_LENGTH, NAME_LENGTH, Pipeline, PipelineStatus
+from .schema import structural
+from .types import Condition, Object, seconds
+
+__all__ = [
+    "BATCH_NAME_LENGTH",
+    "NAME_LENGTH",
+    "Batch",
+    "BatchStatus",
+    "BatchTemplate",
+    "BatchWork",
+    "Condition",
+    "Object",
+    "Pipeline",
+    "PipelineStatus",
+    "crds",
+    "seconds",
+    "structural",
+    "write_crds",
+]

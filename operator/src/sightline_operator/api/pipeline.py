@@ -1,0 +1,707 @@
+"""VisionPipeline: a caption step, an enhance step or none, the gateway before them, and batches that it makes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .batch import BatchTemplate
+from .types import (
+    AnnotationValue,
+    Argument,
+    Condition,
+    DnsLabel,
+    DnsName,
+    Duration,
+    FieldPath,
+    Generation,
+    Image,
+    LabelValue,
+    Object,
+    PodTemplateOverrides,
+    Resources,
+    Rule,
+    S3Location,
+    SecretKeyRef,
+    Time,
+    at_most_one,
+    exactly_one,
+    keyed_by,
+    ruled,
+)
+
+NAME_LENGTH = 40
+"""Of a VisionPipeline: `<name>-caption-predictor` must stay a DNS label, and KServe joins it with the namespace."""
+
+BATCH_NAME_LENGTH = 52
+"""Of a VisionBatch: `<name>-run-<fingerprint>` and the index of a pod must stay within a DNS label."""
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+class Model(Object):
+    """Which weights are loaded. Neither name nor uri: the small demonstration model that the image carries."""
+
+    rules = (
+        Rule(at_most_one("name", "uri"), "model: at most one of name and uri may be set"),
+        Rule(
+            "!has(self.revision) || has(self.name)", "model.revision needs model.name: a uri says its own", ".revision"
+        ),
+        Rule("!has(self.tokenSecretRef) || has(self.name)", "model.tokenSecretRef needs model.name", ".tokenSecretRef"),
+    )
+    name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        pattern=r"^[^\s]+$",
+        description="Hub id such as `Qwen/Qwen2.5-VL-7B-Instruct`, or a folder in the image or in a mounted volume.",
+    )
+    uri: str | None = Field(
+        None,
+        max_length=1024,
+        pattern=r"^[a-z0-9+]+://[^\s]+$",
+        description="Where KServe's storage initializer takes the weights from: `s3://`, `pvc://claim/path`, `hf://`, `oci://` …",
+    )
+    revision: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        pattern=r"^[^\s]+$",
+        description="Commit, tag or branch of a model on the hub.",
+    )
+    token_secret_ref: SecretKeyRef | None = Field(None, description="Token for a model on the hub that wants one.")
+
+
+class Runtime(Object):
+    """What runs the model. Neither name nor image: the operator's own image of this step's predictor."""
+
+    rules = (Rule(at_most_one("name", "image"), "runtime: at most one of name and image may be set"),)
+    image: Image | None = Field(None, description="Image to run instead of the operator's, with the same command line.")
+    name: DnsName | None = Field(
+        None,
+        description="ServingRuntime or ClusterServingRuntime of KServe to run instead of a predictor of Sightline.",
+    )
+    model_format: str = Field(
+        "huggingface",
+        max_length=64,
+        pattern=r"^[-a-z0-9.]+$",
+        description="Model format that the runtime is asked for, with `name`.",
+    )
+    protocol: Literal["V2", "OpenAI"] = Field(
+        "V2",
+        description="What the runtime speaks: V2 as Sightline's predictors do, or OpenAI (vLLM, huggingfaceserver).",
+    )
+    served_model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        pattern=r"^[^\s]+$",
+        description="Name of the model in the routes of the runtime; unset: that of Sightline's predictor, or with `name` "
+        "that of the InferenceService.",
+    )
+
+
+class GPU(Object):
+    """How many GPUs each replica has."""
+
+    resource_name: str = Field(
+        "nvidia.com/gpu",
+        max_length=128,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+        description="Extended resource that the nodes offer, such as `nvidia.com/gpu` or `nvidia.com/mig-3g.40gb`.",
+    )
+    count: int = Field(0, ge=0, le=64, description="GPUs of one replica; 0: CPU only.")
+
+
+class Replicas(Object):
+    """How many pods hold the model."""
+
+    rules = (Rule("self.min <= self.max", "replicas.min must not be larger than replicas.max", ".min"),)
+    min: int = Field(1, ge=0, le=1000, description="At least so many; 0 (scale to zero) works in Knative mode only.")
+    max: int = Field(1, ge=1, le=1000, description="At most so many; more than min: scaled by `scaling`.")
+
+
+class Scaling(Object):
+    """What decides the number of replicas between min and max."""
+
+    metric: Literal["Concurrency", "RPS", "CPU", "Memory"] = Field(
+        "CPU",
+        description="What is measured. Concurrency and RPS (requests per second) need Knative mode; CPU and Memory are "
+        "percentages of the request, and say little of a GPU.",
+    )
+    target: int = Field(80, ge=1, le=1_000_000, description="Value per replica that the number of replicas aims at.")
+
+
+class Toleration(Object):
+    """A taint of nodes that these pods stand."""
+
+    key: str | None = Field(None, max_length=316, description="Key of the taint; unset: every key.")
+    operator: Literal["Exists", "Equal"] = Field("Equal", description="Exists: any value.")
+    value: str | None = Field(None, max_length=63, description="Value of the taint, with Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Effect of the taint; unset: every effect."
+    )
+    toleration_seconds: int | None = Field(None, ge=0, description="With NoExecute: how long a pod may stay.")
+
+
+class InferenceService(Object):
+    """A predictor of Sightline that the operator owns, as an InferenceService of KServe."""
+
+    rules = (
+        Rule(
+            "!has(self.scaling) || self.replicas.max > self.replicas.min",
+            "inferenceService.scaling needs replicas.max larger than replicas.min",
+            ".scaling",
+        ),
+        Rule(
+            "!has(self.resources.limits) || !(self.gpu.resourceName in self.resources.limits)",
+            "inferenceService.resources.limits must not name the resource of gpu: set gpu.count",
+            ".resources",
+        ),
+        Rule(
+            "!has(self.resources.requests) || !(self.gpu.resourceName in self.resources.requests)",
+            "inferenceService.resources.requests must not name the resource of gpu: set gpu.count",
+            ".resources",
+        ),
+    )
+    model: Model = Field(Model(), description="Which weights are loaded; empty: the small demonstration model.")
+    runtime: Runtime = Field(
+        Runtime(), description="What runs them; empty: the operator's own image of this predictor."
+    )
+    args: tuple[Argument, ...] = Field(
+        (),
+        max_length=64,
+        description="Flags added to the command line, such as `--max-batch=16`.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    resources: Resources = Field(Resources(), description="CPU and memory of one replica.")
+    gpu: GPU = Field(GPU(), description="GPUs of one replica; none unless said.")
+    replicas: Replicas = Field(Replicas(), description="How many pods hold the model.")
+    scaling: Scaling | None = Field(
+        None, description="How the number of replicas follows the load; unset: KServe's way."
+    )
+    rollout: Literal["ResourceAware", "Availability"] | None = Field(
+        None,
+        description="How a new version replaces the old one. ResourceAware: a pod goes before its successor comes, so no "
+        "successor waits for the GPU that it holds. Availability: the successor is ready first, which needs a spare GPU. "
+        "Unset: ResourceAware with GPUs, Availability without.",
+    )
+    load_timeout: Duration = Field(
+        "30m", description="How long the weights may take to load before the pod is started again."
+    )
+    node_selector: dict[str, LabelValue] = Field({}, max_length=32, description="Labels that the nodes must have.")
+    tolerations: tuple[Toleration, ...] = Field(
+        (),
+        max_length=32,
+        description="Taints of nodes that the pods stand.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    pod_template_overrides: PodTemplateOverrides = None
+
+    @property
+    def is_resource_aware(self) -> bool:
+        """Whether a pod goes before its successor comes."""
+        return self.gpu.count > 0 if self.rollout is None else self.rollout == "ResourceAware"
+
+
+class CaptionService(InferenceService):
+    """The describe predictor (Qwen2-VL, Qwen2.5-VL)."""
+
+    quantization: Literal["none", "8bit"] = Field(
+        "none", description="How the weights are held: as saved, or in 8 bits (bitsandbytes; needs a GPU)."
+    )
+
+
+class EnhanceService(InferenceService):
+    """The enhance predictor (gpt-oss, whose published weights are in 4 bits already)."""
+
+
+class InferenceServiceRef(Object):
+    """An InferenceService in this namespace that somebody else owns."""
+
+    name: DnsLabel = Field(description="Name of the InferenceService, in the namespace of this object.")
+    model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        pattern=r"^[^\s]+$",
+        description="Name of the model in its routes; unset: the name of the InferenceService.",
+    )
+    protocol: Literal["V2", "OpenAI"] = Field(
+        "V2", description="What it speaks: V2 as Sightline's predictors do, or OpenAI (vLLM, huggingfaceserver)."
+    )
+
+
+class Endpoint(Object):
+    """A server that speaks OpenAI's chat completions, wherever it is."""
+
+    url: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="Base URL, with or without its /v1.",
+        json_schema_extra=ruled(
+            Rule(
+                "isURL(self) && url(self).getScheme() in ['http', 'https'] && url(self).getHostname() != ''",
+                "endpoint.url must be an http:// or https:// URL",
+            ),
+            Rule(
+                "!self.contains('@')",
+                "endpoint.url must not hold a user name or password: use endpoint.authSecretRef",
+            ),
+        ),
+    )
+    model: str = Field(
+        min_length=1, max_length=256, pattern=r"^[^\s]+$", description="Name of the model there, such as `gpt-oss-20b`."
+    )
+    auth_secret_ref: SecretKeyRef | None = Field(None, description="API key, sent as a bearer token.")
+    ca_secret_ref: SecretKeyRef | None = Field(
+        None, description="PEM certificates of the authority to trust instead of the public ones."
+    )
+
+
+class Retry(Object):
+    """Further attempts at a call that failed before any of its answer came: connection errors, 502, 503, 429."""
+
+    max_attempts: int = Field(2, ge=1, le=10, description="Calls in all; 1: no retry.")
+    per_try_timeout: Duration | None = Field(
+        None, description="What one attempt gets at most; unset: what is left of the step's timeout."
+    )
+
+
+class CircuitBreaker(Object):
+    """When the gateway stops calling a step that fails, so that requests fail or degrade at once."""
+
+    rules = (
+        Rule(
+            exactly_one("errorPercent", "consecutiveErrors"),
+            "circuitBreaker: exactly one of errorPercent and consecutiveErrors must be set",
+        ),
+        Rule(
+            "!has(self.minRequests) || has(self.errorPercent)",
+            "circuitBreaker.minRequests needs circuitBreaker.errorPercent",
+            ".minRequests",
+        ),
+    )
+    error_percent: int | None = Field(None, ge=1, le=100, description="Open when so many of the last calls failed.")
+    min_requests: int | None = Field(None, ge=1, le=10_000, description="Calls before errorPercent counts; unset: 20.")
+    consecutive_errors: int | None = Field(None, ge=1, le=1000, description="Open after so many failures in a row.")
+    open_for: Duration = Field("10s", description="How long no call is made before one is tried again.")
+
+
+_SOURCES = ("inferenceService", "inferenceServiceRef", "endpoint")
+_STEP_RULES = (
+    Rule(
+        exactly_one(*_SOURCES),
+        "exactly one of inferenceService, inferenceServiceRef and endpoint must be set: where this step's model is",
+    ),
+    Rule(
+        "!has(self.retry) || !has(self.retry.perTryTimeout) || duration(self.retry.perTryTimeout) <= duration(self.timeout)",
+        "retry.perTryTimeout must not be longer than timeout",
+        ".retry.perTryTimeout",
+    ),
+)
+
+
+class Step(Object):
+    """What both steps have."""
+
+    rules = _STEP_RULES
+    inference_service_ref: InferenceServiceRef | None = Field(
+        None, description="An InferenceService in this namespace that exists already. The operator never changes it."
+    )
+    endpoint: Endpoint | None = Field(None, description="Any server that speaks OpenAI's chat completions.")
+    retry: Retry = Field(Retry(), description="Further attempts at a call that failed.")
+    circuit_breaker: CircuitBreaker | None = Field(
+        None,
+        description="When the gateway stops calling a step that fails; unset: after five failures in a row, for 10s.",
+    )
+    max_in_flight: int = Field(
+        32, ge=1, le=10_000, description="Calls of this step that one gateway pod has open at once."
+    )
+
+
+class CaptionStep(Step):
+    """Looks at the image and says what is there."""
+
+    inference_service: CaptionService | None = Field(
+        None, description="Sightline's describe predictor, made and kept by the operator."
+    )
+    prompt: str | None = Field(
+        None, min_length=1, max_length=8192, description="Words sent with the image when a request has none of its own."
+    )
+    generation: Generation = Field(Generation(), description="How tokens are chosen.")
+    timeout: Duration = Field("60s", description="What the step gets of a request's deadline at most.")
+
+
+class EnhanceGeneration(Generation):
+    """How tokens are chosen, and how long the model thinks first."""
+
+    reasoning_effort: Literal["low", "medium", "high"] | None = Field(
+        None, description="How long the model thinks before it writes, when a request does not say; unset: low."
+    )
+
+
+class EnhanceStep(Step):
+    """Turns the caption into fuller prose."""
+
+    inference_service: EnhanceService | None = Field(
+        None, description="Sightline's enhance predictor, made and kept by the operator."
+    )
+    generation: EnhanceGeneration = Field(EnhanceGeneration(), description="How tokens are chosen.")
+    timeout: Duration = Field("60s", description="What the step gets of a request's deadline at most.")
+
+
+class EnhancePolicy(Object):
+    """When a caption is enhanced, and what happens when that fails."""
+
+    default: Literal["OnRequest", "Always", "Never"] | None = Field(
+        None,
+        description="Always: unless a request says no. OnRequest: when a request says so. Never: not even then. "
+        "Unset: Always with an enhance step, Never without one.",
+    )
+    on_failure: Literal["Degrade", "Fail"] = Field(
+        "Degrade",
+        description="Degrade: 200 with the bare caption and the reason. Fail: an error, unless the request allows less.",
+    )
+    min_remaining: Duration = Field(
+        "2s", description="Time that a request must have left for its enhancement to be started at all."
+    )
+
+
+# --- the gateway -----------------------------------------------------------------------------------------------------
+
+
+class GatewayService(Object):
+    """The Service before the gateway's pods."""
+
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field("ClusterIP", description="Who can reach it.")
+    port: int = Field(80, ge=1, le=65_535, description="Its port.")
+    annotations: dict[str, AnnotationValue] = Field(
+        {}, max_length=32, description="Annotations, such as those that a cloud's load balancer reads."
+    )
+
+
+class ParentRef(Object):
+    """A Gateway that the route hangs on."""
+
+    name: DnsName = Field(description="Name of the Gateway.")
+    namespace: DnsLabel | None = Field(None, description="Its namespace; unset: that of this object.")
+    section_name: DnsName | None = Field(None, description="One listener of it; unset: all that fit.")
+
+
+class HTTPRoute(Object):
+    """A route of the Gateway API to the gateway."""
+
+    parent_refs: tuple[ParentRef, ...] = Field(
+        min_length=1,
+        max_length=8,
+        description="Gateways that the route hangs on.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    hostnames: tuple[DnsName, ...] = Field(
+        (),
+        max_length=16,
+        description="Host names that it answers to; none: any.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+
+
+class Autoscaling(Object):
+    """A HorizontalPodAutoscaler on the gateway, which then owns `gateway.replicas`."""
+
+    rules = (
+        Rule(
+            "self.minReplicas <= self.maxReplicas",
+            "autoscaling.minReplicas must not be larger than autoscaling.maxReplicas",
+            ".minReplicas",
+        ),
+    )
+    min_replicas: int = Field(1, ge=1, le=1000, description="At least so many pods.")
+    max_replicas: int = Field(ge=1, le=1000, description="At most so many pods.")
+    cpu_percent: int = Field(70, ge=1, le=100, description="CPU use that it aims at, as a percentage of the request.")
+
+
+class Auth(Object):
+    """Who may call the gateway. That anybody may has to be said."""
+
+    rules = (
+        Rule(
+            "[has(self.apiKeysSecretRef), has(self.none) && self.none].exists_one(x, x)",
+            "auth: name a Secret of accepted keys by apiKeysSecretRef, or say none: true (and not both)",
+        ),
+    )
+    api_keys_secret_ref: SecretKeyRef | None = Field(
+        None, description="Accepted keys, one a line. A change of the Secret is taken over without a restart."
+    )
+    none: bool | None = Field(None, description="true: anybody who reaches the gateway may call it.")
+
+
+class Limits(Object):
+    """What the gateway refuses before it costs anything."""
+
+    max_image_bytes: int = Field(20_971_520, ge=1, le=1_073_741_824, description="Bytes of one encoded image.")
+    max_pixels: int = Field(40_000_000, ge=1, le=1_000_000_000, description="Pixels of one decoded image.")
+    max_body_bytes: int = Field(104_857_600, ge=1, le=2_147_483_647, description="Bytes of one request.")
+    queue_size: int = Field(64, ge=1, le=100_000, description="Requests that may wait in one pod; one more is 429.")
+
+
+class Deadline(Object):
+    """How long a request may take in all, time in queues included."""
+
+    rules = (
+        Rule(
+            "!has(self.default) || duration(self.default) <= duration(self.max)",
+            "deadline.default must not be longer than deadline.max",
+            ".default",
+        ),
+    )
+    default: Duration | None = Field(None, description="Of a request that does not say; unset: max.")
+    max: Duration = Field("120s", description="A request may ask for less, never for more.")
+
+
+class ServiceMonitor(Object):
+    """A ServiceMonitor for Prometheus, made when the cluster has that kind."""
+
+    interval: Duration = Field("30s", description="How often the gateway's metrics are read.")
+    labels: dict[str, LabelValue] = Field(
+        {},
+        max_length=32,
+        description="Labels that the Prometheus of the cluster selects by, such as `release: prometheus`.",
+    )
+
+
+class Gateway(Object):
+    """What clients call: it fetches images, runs the steps and answers. It holds no model and needs no GPU."""
+
+    replicas: int = Field(
+        1, ge=0, le=1000, description="Pods; `kubectl scale` sets it. With autoscaling the autoscaler decides instead."
+    )
+    image: Image | None = Field(None, description="Image to run; unset: the operator's own.")
+    resources: Resources = Field(Resources(), description="CPU and memory of one pod.")
+    service: GatewayService = Field(GatewayService(), description="The Service before the pods.")
+    http_route: HTTPRoute | None = Field(None, description="A route of the Gateway API; none unless said.")
+    autoscaling: Autoscaling | None = Field(None, description="A HorizontalPodAutoscaler; none unless said.")
+    service_monitor: ServiceMonitor | None = Field(None, description="A ServiceMonitor; none unless said.")
+    auth: Auth = Field(description="Who may call it. That anybody may has to be said: `auth: {none: true}`.")
+    limits: Limits = Field(Limits(), description="What is refused before it costs anything.")
+    deadline: Deadline = Field(Deadline(), description="How long a request may take.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What the gateway logs.")
+    pod_template_overrides: PodTemplateOverrides = None
+
+
+class Storage(Object):
+    """An object store: where images named by s3:// come from, and where work that outlives a request is kept."""
+
+    s3: S3Location = Field(description="Bucket of a store that speaks S3.")
+
+
+# --- batches of a pipeline -------------------------------------------------------------------------------------------
+
+_CRON = r"^(@(yearly|annually|monthly|weekly|daily|midnight|hourly)|([-0-9A-Za-z*/,?]+\s+){4}[-0-9A-Za-z*/,?]+)$"
+
+
+class PipelineBatch(Object):
+    """A batch that the operator makes: once, or again and again on a schedule."""
+
+    rules = (
+        Rule("!has(self.timeZone) || has(self.schedule)", "batches[].timeZone needs batches[].schedule", ".timeZone"),
+        Rule(
+            "!has(self.startingDeadline) || has(self.schedule)",
+            "batches[].startingDeadline needs batches[].schedule",
+            ".startingDeadline",
+        ),
+    )
+    name: DnsLabel = Field(
+        max_length=28,
+        description="Name within the pipeline. The VisionBatch is called `<pipeline>-<name>`, and on a schedule "
+        "`<pipeline>-<name>-<minutes since 1970>`.",
+    )
+    schedule: str | None = Field(
+        None,
+        max_length=128,
+        pattern=_CRON,
+        description="Five fields of cron such as `0 3 * * *`, or `@daily`. Unset: made once, as soon as the pipeline is there.",
+    )
+    time_zone: str | None = Field(
+        None, max_length=64, pattern=r"^[A-Za-z0-9_+/-]+$", description="IANA time zone of the schedule; unset: UTC."
+    )
+    suspend: bool = Field(False, description="true: no new VisionBatch is made. Those that run go on.")
+    concurrency_policy: Literal["Allow", "Forbid"] = Field(
+        "Forbid", description="Forbid: a run is skipped while the one before it still goes on."
+    )
+    starting_deadline: Duration | None = Field(
+        None,
+        description="A run that could not start for so long is skipped; unset: the last missed one is made up for.",
+    )
+    successful_history_limit: int = Field(3, ge=0, le=100, description="Completed VisionBatches that are kept.")
+    failed_history_limit: int = Field(1, ge=0, le=100, description="Failed and cancelled VisionBatches that are kept.")
+    template: BatchTemplate = Field(description="What the VisionBatch says.")
+
+
+# --- the spec --------------------------------------------------------------------------------------------------------
+
+
+def _gpu_rule(step: str) -> Rule:
+    """A GPU may change where the old pod goes first, or none runs: otherwise the new one can wait for ever."""
+    new, old = f"self.{step}.inferenceService", f"oldSelf.{step}.inferenceService"
+    return Rule(
+        f"!has(self.{step}) || !has(oldSelf.{step}) || !has({new}) || !has({old}) || {new}.gpu == {old}.gpu || "
+        f"self.suspend || !has({new}.rollout) || {new}.rollout == 'ResourceAware'",
+        f"{step}.inferenceService.gpu may change only with rollout ResourceAware, or while suspend is true",
+        f".{step}",
+    )
+
+
+class Pipeline(Object):
+    """What a VisionPipeline is to be."""
+
+    rules = (
+        Rule(
+            "has(self.enhance) || !has(self.enhancePolicy.default) || self.enhancePolicy.default == 'Never'",
+            "enhancePolicy.default must be Never, or unset, without an enhance step",
+            ".enhancePolicy.default",
+        ),
+        Rule(
+            "duration(self.caption.timeout) + (has(self.enhance) ? duration(self.enhance.timeout) : duration('0s')) "
+            "<= duration(self.gateway.deadline.max)",
+            "caption.timeout and enhance.timeout together must not be longer than gateway.deadline.max",
+            ".gateway.deadline.max",
+        ),
+        Rule(
+            "!has(self.enhance) || duration(self.enhancePolicy.minRemaining) < duration(self.enhance.timeout)",
+            "enhancePolicy.minRemaining must be shorter than enhance.timeout",
+            ".enhancePolicy.minRemaining",
+        ),
+        _gpu_rule("caption"),
+        _gpu_rule("enhance"),
+    )
+    caption: CaptionStep = Field(description="The step that looks at the image.")
+    enhance: EnhanceStep | None = Field(
+        None, description="The step that turns the caption into fuller prose; none: the pipeline only captions."
+    )
+    enhance_policy: EnhancePolicy = Field(EnhancePolicy(), description="When a caption is enhanced, and what if not.")
+    gateway: Gateway = Field(description="What clients call.")
+    storage: Storage | None = Field(
+        None, description="Object store for s3:// images and for work that outlives a request; none: neither."
+    )
+    batches: tuple[PipelineBatch, ...] = Field(
+        (),
+        max_length=16,
+        description="Batches that the operator makes, once or on a schedule.",
+        json_schema_extra=keyed_by("name"),
+    )
+    suspend: bool = Field(
+        False, description="true: no pods run; InferenceServices are stopped and the gateway has none. Nothing is lost."
+    )
+    network_policy: Literal["Managed", "Unmanaged"] = Field(
+        "Managed",
+        description="Managed: only the gateway reaches the owned predictors. Unmanaged: no NetworkPolicy is made.",
+    )
+    deletion_policy: Literal["Delete", "OrphanModels"] = Field(
+        "Delete",
+        description="What goes with this object: everything, or everything but the InferenceServices, which go on serving.",
+    )
+    update_policy: Literal["OnSpecChange", "WithOperator"] = Field(
+        "OnSpecChange",
+        description="When a newer operator may render this pipeline in its newer way: at the next change of the spec, so "
+        "that an upgrade of the operator restarts nothing, or at once.",
+    )
+
+    @property
+    def enhances(self) -> Literal["OnRequest", "Always", "Never"]:
+        """When a caption is enhanced."""
+        return self.enhance_policy.default or ("Always" if self.enhance else "Never")
+
+    @property
+    def steps(self) -> dict[str, CaptionStep | EnhanceStep]:
+        """By name: caption, and enhance when there is one that can be called."""
+        has_enhance = self.enhance is not None and self.enhances != "Never"
+        return {"caption": self.caption} | ({"enhance": self.enhance} if has_enhance and self.enhance else {})
+
+
+# --- the status ------------------------------------------------------------------------------------------------------
+
+
+class StepStatus(Object):
+    """How a step is."""
+
+    name: Literal["caption", "enhance"] = Field(description="Which step.")
+    source: Literal["InferenceService", "InferenceServiceRef", "Endpoint"] | None = Field(
+        None, description="Where its model is."
+    )
+    inference_service: str | None = Field(None, max_length=253, description="Its InferenceService, if it has one.")
+    url: str | None = Field(None, max_length=1024, description="Where the gateway calls it.")
+    model: str | None = Field(None, max_length=1024, description="Its model.")
+    model_revision: str | None = Field(None, max_length=256, description="Revision of the model, where it is known.")
+    ready: bool | None = Field(None, description="Whether it answers now.")
+    ready_replicas: int | None = Field(None, ge=0, description="Pods that answer.")
+    revision_ready: bool | None = Field(None, description="Whether what answers is what the spec says now.")
+
+
+class GatewayStatus(Object):
+    """How the gateway is."""
+
+    replicas: int | None = Field(None, ge=0, description="Pods that are there.")
+    ready_replicas: int | None = Field(None, ge=0, description="Pods that answer.")
+    ready: str | None = Field(None, max_length=32, description="Ready pods of wanted ones, such as `1/2`.")
+    selector: str | None = Field(None, max_length=1024, description="Selector of the pods, for autoscalers.")
+    image: str | None = Field(None, max_length=512, description="Image that they run.")
+
+
+class PipelineBatches(Object):
+    """The batches that this pipeline serves."""
+
+    active: int | None = Field(None, ge=0, description="VisionBatches that are not finished.")
+
+
+class BatchSchedule(Object):
+    """What a scheduled batch did last."""
+
+    name: str = Field(max_length=63, description="Name in spec.batches.")
+    last_schedule_time: Time = Field(None, description="When it was last due and made.")
+    next_schedule_time: Time = Field(None, description="When it is due next.")
+    last_batch: str | None = Field(None, max_length=253, description="VisionBatch that was made last.")
+
+
+class Drift(Object):
+    """The last repair of something that somebody changed or deleted."""
+
+    time: Time = Field(None, description="When.")
+    object: str | None = Field(None, max_length=512, description="Kind and name.")
+    fields: tuple[FieldPath, ...] = Field(
+        (),
+        max_length=8,
+        description="Fields that were set back.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+
+
+class PipelineStatus(Object):
+    """How a VisionPipeline is, and why."""
+
+    observed_generation: int | None = Field(None, ge=0, description="Generation of the spec that this status is about.")
+    conditions: tuple[Condition, ...] = Field(
+        (),
+        max_length=16,
+        description="Accepted, CaptionReady, EnhanceReady, GatewayReady, Degraded, and Ready, which sums them up.",
+        json_schema_extra=keyed_by("type"),
+    )
+    url: str | None = Field(None, max_length=1024, description="Where clients in the cluster call the pipeline.")
+    revision: str | None = Field(
+        None,
+        max_length=64,
+        description="Hash of everything that decides what the pipeline answers; batches hold to it.",
+    )
+    render_version: int | None = Field(
+        None, ge=0, description="Version of the rules by which the children were rendered."
+    )
+    steps: tuple[StepStatus, ...] = Field(
+        (), max_length=2, description="The steps.", json_schema_extra=keyed_by("name")
+    )
+    gateway: GatewayStatus | None = Field(None, description="The gateway.")
+    batches: PipelineBatches | None = Field(None, description="The batches that this pipeline serves.")
+    schedules: tuple[BatchSchedule, ...] = Field(
+        (), max_length=16, description="What the batches of the spec did last.", json_schema_extra=keyed_by("name")
+    )
+    last_drift: Drift | None = Field(None, description="The last repair of something that somebody changed or deleted.")
