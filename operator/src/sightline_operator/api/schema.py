@@ -15,15 +15,26 @@ Schema = dict[str, Any]
 
 
 class _Generator(GenerateJsonSchema):
-    """Defaults that are objects are written as `{}`: the API server fills in what is inside by its own defaults."""
+    """Defaults that are objects are written out: the API server checks them by the rules before it fills them in."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> Schema:
         inner = self.generate_inner(schema["schema"])
         default = schema.get("default")
         if default is None or default in ((), {}, ""):
             return inner
-        told: Any = {} if isinstance(default, BaseModel) else list(default) if isinstance(default, tuple) else default
+        told = _plain(default)
         return {"allOf": [inner], "default": told} if "$ref" in inner else {**inner, "default": told}
+
+
+def _plain(default: object) -> Any:
+    """A default as JSON, without what is unset or empty inside."""
+    if isinstance(default, BaseModel):
+        fields = default.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return {name: kept for name, value in fields.items() if (kept := _plain(value)) not in ({}, [], "")}
+    if isinstance(default, dict):
+        members = cast("Mapping[str, object]", default)
+        return {name: kept for name, value in members.items() if (kept := _plain(value)) not in ({}, [], "")}
+    return list(cast("tuple[object, ...]", default)) if isinstance(default, tuple) else default
 
 
 def structural(model: type[Object]) -> Schema:
