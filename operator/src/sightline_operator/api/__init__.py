@@ -4,7 +4,7 @@ from .batch import Batch, BatchStatus, BatchTemplate, BatchWork
 from .definitions import crds, write_crds
 from .pipeline import BATCH_NAME_LENGTH, NAME_LENGTH, Pipeline, PipelineStatus
 from .schema import structural
-from .types import Condition, Object, seconds
+from .types import Condition, Generation, Object, Resources, S3Location, SecretKeyRef, SecretRef, seconds
 
 __all__ = [
     "BATCH_NAME_LENGTH",
@@ -14,9 +14,14 @@ __all__ = [
     "BatchTemplate",
     "BatchWork",
     "Condition",
+    "Generation",
     "Object",
     "Pipeline",
     "PipelineStatus",
+    "Resources",
+    "S3Location",
+    "SecretKeyRef",
+    "SecretRef",
     "crds",
     "seconds",
     "structural",

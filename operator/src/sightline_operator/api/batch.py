@@ -17,6 +17,8 @@ from .types import (
     LabelValue,
     Object,
     PodTemplateOverrides,
+    PositiveDuration,
+    Reference,
     Resources,
     Rule,
     S3Location,
@@ -33,7 +35,7 @@ MAX_SHARDS = 10_000
 # --- the spec --------------------------------------------------------------------------------------------------------
 
 
-class PipelineRef(Object):
+class PipelineRef(Reference):
     """A VisionPipeline in the namespace of this object."""
 
     name: DnsLabel = Field(description="Name of the VisionPipeline.")
@@ -43,13 +45,16 @@ class S3Prefix(S3Location):
     """Every object below a prefix of a bucket."""
 
     suffixes: tuple[FieldPath, ...] = Field(
-        (".jpg", ".jpeg", ".png", ".webp"),
+        default=(".jpg", ".jpeg", ".png", ".webp"),
         max_length=16,
         description="Endings of the keys that are taken, in lower case; upper case counts as well.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     max_items: int = Field(
-        1_000_000, ge=1, le=MAX_ITEMS, description="More objects than this are InputTooLarge, before anything is spent."
+        default=1_000_000,
+        ge=1,
+        le=MAX_ITEMS,
+        description="More objects than this are InputTooLarge, before anything is spent.",
     )
 
 
@@ -58,9 +63,9 @@ class Manifest(Object):
 
     uri: str = Field(max_length=1024, pattern=r"^s3://[^/\s]+/[^\s]+$", description="The file, as `s3://bucket/key`.")
     format: Literal["JSONL", "CSV", "OpenAIBatch"] = Field(
-        "JSONL",
-        description="JSONL: an object a line with `uri` and `custom_id`. CSV: the same as columns. OpenAIBatch: lines as "
-        "OpenAI's batch API takes them.",
+        default="JSONL",
+        description="JSONL: an object a line with `uri` and `custom_id`. CSV: the same as columns. OpenAIBatch: lines "
+        "as OpenAI's batch API takes them.",
     )
 
 
@@ -75,7 +80,8 @@ class RetryOf(Object):
 
     batch_name: DnsLabel = Field(description="Name of the VisionBatch, in the namespace of this object.")
     only: Literal["Failed", "Unenhanced"] = Field(
-        "Failed", description="Failed: items without a caption. Unenhanced: those whose enhancement failed, too."
+        default="Failed",
+        description="Failed: items without a caption. Unenhanced: those whose enhancement failed, too.",
     )
 
 
@@ -88,10 +94,10 @@ class Input(Object):
             "input: exactly one of s3Prefix, manifest, upload and retryOf must be set",
         ),
     )
-    s3_prefix: S3Prefix | None = Field(None, description="Every object below a prefix of a bucket.")
-    manifest: Manifest | None = Field(None, description="A file that lists the items.")
-    upload: Upload | None = Field(None, description="A file that was uploaded to the gateway.")
-    retry_of: RetryOf | None = Field(None, description="Items of an earlier batch once more.")
+    s3_prefix: S3Prefix | None = Field(default=None, description="Every object below a prefix of a bucket.")
+    manifest: Manifest | None = Field(default=None, description="A file that lists the items.")
+    upload: Upload | None = Field(default=None, description="A file that was uploaded to the gateway.")
+    retry_of: RetryOf | None = Field(default=None, description="Items of an earlier batch once more.")
 
 
 class Output(Object):
@@ -99,11 +105,11 @@ class Output(Object):
 
     s3: S3Location = Field(description="Bucket and prefix; the plan, the parts and the results lie below it.")
     merge: Literal["Auto", "Never", "Always"] = Field(
-        "Auto",
+        default="Auto",
         description="Whether the parts are joined into one results.jsonl and errors.jsonl. Auto: up to 100,000 items.",
     )
     deletion_policy: Literal["Retain", "Delete"] = Field(
-        "Retain", description="What happens to the outputs when this object is deleted."
+        default="Retain", description="What happens to the outputs when this object is deleted."
     )
 
 
@@ -111,26 +117,29 @@ class BatchOptions(Object):
     """What is asked about every image."""
 
     enhance: Literal["Never", "Auto", "Always"] = Field(
-        "Auto", description="Whether captions are enhanced. Auto: as the pipeline does when a request does not say."
+        default="Auto",
+        description="Whether captions are enhanced. Auto: as the pipeline does when a request does not say.",
     )
     prompt: str | None = Field(
-        None, min_length=1, max_length=8192, description="Words sent with every image; unset: the pipeline's."
+        default=None, min_length=1, max_length=8192, description="Words sent with every image; unset: the pipeline's."
     )
-    generation: Generation = Field(Generation(), description="How tokens are chosen; unset: the pipeline's way.")
+    generation: Generation = Field(
+        default=Generation(), description="How tokens are chosen; unset: the pipeline's way."
+    )
 
 
 class ItemRetry(Object):
     """Further attempts at an item whose failure may pass."""
 
-    max_attempts: int = Field(3, ge=1, le=20, description="Attempts at one item in all.")
+    max_attempts: int = Field(default=3, ge=1, le=20, description="Attempts at one item in all.")
 
 
 class MaxFailedItems(Object):
     """How many items may fail before the batch stops early."""
 
     rules = (Rule(exactly_one("count", "percent"), "maxFailedItems: exactly one of count and percent must be set"),)
-    count: int | None = Field(None, ge=0, le=MAX_ITEMS, description="Items.")
-    percent: int | None = Field(None, ge=0, le=100, description="Per cent of all items.")
+    count: int | None = Field(default=None, ge=0, le=MAX_ITEMS, description="Items.")
+    percent: int | None = Field(default=None, ge=0, le=100, description="Per cent of all items.")
 
 
 _SIZES = Rule("self.chunkSize <= self.shardSize", "chunkSize must not be larger than shardSize", ".chunkSize")
@@ -150,55 +159,64 @@ class BatchWork(Object):
     rules = (_SIZES, _MIN_PARALLELISM, _NEEDS_QUEUE)
     input: Input = Field(description="Which images.")
     output: Output = Field(description="Where results go.")
-    options: BatchOptions = Field(BatchOptions(), description="What is asked about every image.")
-    parallelism: int = Field(4, ge=1, le=1000, description="Worker pods at once. They need no GPU: the pipeline does.")
+    options: BatchOptions = Field(default=BatchOptions(), description="What is asked about every image.")
+    parallelism: int = Field(
+        default=4, ge=1, le=1000, description="Worker pods at once. They need no GPU: the pipeline does."
+    )
     max_in_flight_per_worker: int = Field(
-        16,
+        default=16,
         ge=1,
         le=1000,
         description="Requests that one worker has open at most; it finds the useful number below that.",
     )
-    shard_size: int = Field(1000, ge=1, le=100_000, description="Items of one shard, which is one index of the Job.")
+    shard_size: int = Field(
+        default=1000, ge=1, le=100_000, description="Items of one shard, which is one index of the Job."
+    )
     chunk_size: int = Field(
-        50, ge=1, le=10_000, description="Items of one output object, and what a killed worker has to do again."
+        default=50, ge=1, le=10_000, description="Items of one output object, and what a killed worker has to do again."
     )
-    item_retry: ItemRetry = Field(ItemRetry(), description="Further attempts at an item whose failure may pass.")
+    item_retry: ItemRetry = Field(
+        default=ItemRetry(), description="Further attempts at an item whose failure may pass."
+    )
     max_failed_items: MaxFailedItems | None = Field(
-        None, description="How many items may fail before the batch stops early; unset: all."
+        default=None, description="How many items may fail before the batch stops early; unset: all."
     )
-    completion_window: Duration | None = Field(
-        None, description="Time from creation after which the batch expires. What is finished is kept; unset: none."
+    completion_window: PositiveDuration | None = Field(
+        default=None,
+        description="Time from creation after which the batch expires. What is finished is kept; unset: none.",
     )
-    queue_name: DnsName | None = Field(None, description="LocalQueue of Kueue that admits the work; unset: no queue.")
-    priority_class_name: DnsName | None = Field(None, description="PriorityClass of the worker pods.")
+    queue_name: DnsName | None = Field(
+        default=None, description="LocalQueue of Kueue that admits the work; unset: no queue."
+    )
+    priority_class_name: DnsName | None = Field(default=None, description="PriorityClass of the worker pods.")
     min_parallelism: int | None = Field(
-        None, ge=1, le=1000, description="With a queue: the number of workers that is worth starting with."
+        default=None, ge=1, le=1000, description="With a queue: the number of workers that is worth starting with."
     )
     ttl_after_finished: Duration | None = Field(
-        None,
+        default=None,
         description="How long after its end this object is deleted; unset: kept. Outputs follow output.deletionPolicy.",
     )
     on_pipeline_change: Literal["Fail", "Pause"] = Field(
-        "Fail",
-        description="What happens when the pipeline changes what it answers while the batch runs, since one batch never "
-        "holds results of two revisions. Pause: it waits until the old revision is back.",
+        default="Fail",
+        description="What happens when the pipeline changes what it answers while the batch runs, since one batch "
+        "never holds results of two revisions. Pause: it waits until the old revision is back.",
     )
-    resources: Resources = Field(Resources(), description="CPU and memory of one worker.")
+    resources: Resources = Field(default=Resources(), description="CPU and memory of one worker.")
     pod_template_overrides: PodTemplateOverrides = None
-    dry_run: bool = Field(False, description="true: plan and count only; no image is sent to the pipeline.")
+    dry_run: bool = Field(default=False, description="true: plan and count only; no image is sent to the pipeline.")
 
 
 class TemplateMetadata(Object):
     """Labels and annotations of the VisionBatches that are made."""
 
-    labels: dict[str, LabelValue] = Field({}, max_length=32, description="Labels.")
-    annotations: dict[str, AnnotationValue] = Field({}, max_length=32, description="Annotations.")
+    labels: dict[str, LabelValue] = Field(default={}, max_length=32, description="Labels.")
+    annotations: dict[str, AnnotationValue] = Field(default={}, max_length=32, description="Annotations.")
 
 
 class BatchTemplate(Object):
     """What a VisionBatch made from a VisionPipeline says."""
 
-    metadata: TemplateMetadata = Field(TemplateMetadata(), description="Labels and annotations that it gets.")
+    metadata: TemplateMetadata = Field(default=TemplateMetadata(), description="Labels and annotations that it gets.")
     spec: BatchWork = Field(description="Its spec; pipelineRef is the pipeline that makes it.")
 
 
@@ -210,7 +228,8 @@ class Batch(BatchWork):
         _MIN_PARALLELISM,
         _NEEDS_QUEUE,
         Rule(
-            "has(self.queueName) == has(oldSelf.queueName) && (!has(self.queueName) || self.queueName == oldSelf.queueName)",
+            "has(self.queueName) == has(oldSelf.queueName) && "
+            "(!has(self.queueName) || self.queueName == oldSelf.queueName)",
             "queueName is immutable: make a new VisionBatch instead",
             ".queueName",
         ),
@@ -221,28 +240,28 @@ class Batch(BatchWork):
     input: Input = Field(description="Which images. Immutable.", json_schema_extra=immutable("input"))
     output: Output = Field(description="Where results go. Immutable.", json_schema_extra=immutable("output"))
     options: BatchOptions = Field(
-        BatchOptions(),
+        default=BatchOptions(),
         description="What is asked about every image. Immutable.",
         json_schema_extra=immutable("options"),
     )
     shard_size: int = Field(
-        1000,
+        default=1000,
         ge=1,
         le=100_000,
         description="Items of one shard, which is one index of the Job. Immutable.",
         json_schema_extra=immutable("shardSize"),
     )
     chunk_size: int = Field(
-        50,
+        default=50,
         ge=1,
         le=10_000,
         description="Items of one output object, and what a killed worker has to do again. Immutable.",
         json_schema_extra=immutable("chunkSize"),
     )
     desired_state: Literal["Running", "Paused", "Cancelled"] = Field(
-        "Running",
-        description="Paused: workers stop, and go on where they were when it is Running again. Cancelled: for good; what "
-        "is finished is kept.",
+        default="Running",
+        description="Paused: workers stop, and go on where they were when it is Running again. Cancelled: for good; "
+        "what is finished is kept.",
         json_schema_extra=ruled(
             Rule(
                 "oldSelf != 'Cancelled' || self == 'Cancelled'",
@@ -258,45 +277,51 @@ class Batch(BatchWork):
 class Progress(Object):
     """How far it is. Counts are of items."""
 
-    total: int | None = Field(None, ge=0, description="Items of the plan.")
-    succeeded: int | None = Field(None, ge=0, description="Items with a caption.")
-    failed: int | None = Field(None, ge=0, description="Items without one, for good.")
-    unenhanced: int | None = Field(None, ge=0, description="Succeeded ones whose enhancement failed.")
-    remaining: int | None = Field(None, ge=0, description="Items that are still to be done.")
-    percent: int | None = Field(None, ge=0, le=100, description="Of all items, done for better or worse.")
-    bytes: int | None = Field(None, ge=0, description="Bytes of the images that were read.")
-    done: str | None = Field(None, max_length=64, description="Done of all, such as `640/1000`.")
+    total: int | None = Field(default=None, ge=0, description="Items of the plan.")
+    succeeded: int | None = Field(default=None, ge=0, description="Items with a caption.")
+    failed: int | None = Field(default=None, ge=0, description="Items without one, for good.")
+    unenhanced: int | None = Field(default=None, ge=0, description="Succeeded ones whose enhancement failed.")
+    remaining: int | None = Field(default=None, ge=0, description="Items that are still to be done.")
+    percent: int | None = Field(default=None, ge=0, le=100, description="Of all items, done for better or worse.")
+    bytes: int | None = Field(default=None, ge=0, description="Bytes of the images that were read.")
+    done: str | None = Field(default=None, max_length=64, description="Done of all, such as `640/1000`.")
 
 
 class Shards(Object):
     """The shards, which are the indexes of the Job."""
 
-    total: int | None = Field(None, ge=0, le=MAX_SHARDS, description="Of the plan.")
-    completed: int | None = Field(None, ge=0, description="Done.")
-    active: int | None = Field(None, ge=0, description="With a worker now.")
-    failed: int | None = Field(None, ge=0, description="Given up.")
+    total: int | None = Field(default=None, ge=0, le=MAX_SHARDS, description="Of the plan.")
+    completed: int | None = Field(default=None, ge=0, description="Done.")
+    active: int | None = Field(default=None, ge=0, description="With a worker now.")
+    failed: int | None = Field(default=None, ge=0, description="Given up.")
 
 
 class Throughput(Object):
     """How fast it goes."""
 
-    items_per_second: str | None = Field(None, max_length=32, description="Items a second, such as `12.4`.")
-    window: str | None = Field(None, max_length=32, description="Time that this is the mean of, such as `5m`.")
+    items_per_second: str | None = Field(default=None, max_length=32, description="Items a second, such as `12.4`.")
+    window: str | None = Field(default=None, max_length=32, description="Time that this is the mean of, such as `5m`.")
 
 
 class BatchUsage(Object):
     """Tokens that were spent."""
 
-    prompt_tokens: int | None = Field(None, ge=0, description="Tokens that were read, image tokens included.")
-    completion_tokens: int | None = Field(None, ge=0, description="Tokens that were written.")
+    prompt_tokens: int | None = Field(default=None, ge=0, description="Tokens that were read, image tokens included.")
+    completion_tokens: int | None = Field(default=None, ge=0, description="Tokens that were written.")
 
 
 class Outputs(Object):
     """Where the results are."""
 
-    manifest: str | None = Field(None, max_length=2048, description="Object that lists all parts, as s3:// URI.")
-    results: str | None = Field(None, max_length=2048, description="All results in one file, where they are merged.")
-    errors: str | None = Field(None, max_length=2048, description="All errors in one file, where they are merged.")
+    manifest: str | None = Field(
+        default=None, max_length=2048, description="Object that lists all parts, as s3:// URI."
+    )
+    results: str | None = Field(
+        default=None, max_length=2048, description="All results in one file, where they are merged."
+    )
+    errors: str | None = Field(
+        default=None, max_length=2048, description="All errors in one file, where they are merged."
+    )
 
 
 class FailureCount(Object):
@@ -305,51 +330,61 @@ class FailureCount(Object):
     step: str = Field(max_length=32, description="Step that failed: fetch, decode, caption, enhance or write.")
     code: str = Field(max_length=64, description="Code of the failure.")
     count: int = Field(ge=0, description="Items.")
-    sample_custom_id: str | None = Field(None, max_length=512, description="One of them.")
+    sample_custom_id: str | None = Field(default=None, max_length=512, description="One of them.")
 
 
 class Jobs(Object):
     """The Jobs of this batch."""
 
-    plan: str | None = Field(None, max_length=253, description="Job that lists the items and cuts them into shards.")
-    run: str | None = Field(None, max_length=253, description="Job that does them.")
-    finish: str | None = Field(None, max_length=253, description="Job that checks that every item is there once.")
+    plan: str | None = Field(
+        default=None, max_length=253, description="Job that lists the items and cuts them into shards."
+    )
+    run: str | None = Field(default=None, max_length=253, description="Job that does them.")
+    finish: str | None = Field(
+        default=None, max_length=253, description="Job that checks that every item is there once."
+    )
 
 
 class BatchStatus(Object):
     """How a VisionBatch is, and why."""
 
-    observed_generation: int | None = Field(None, ge=0, description="Generation of the spec that this status is about.")
+    observed_generation: int | None = Field(
+        default=None, ge=0, description="Generation of the spec that this status is about."
+    )
     conditions: tuple[Condition, ...] = Field(
-        (),
+        default=(),
         max_length=16,
         description="Planned, Admitted, Progressing, Stalled, and at the end Complete or Failed.",
         json_schema_extra=keyed_by("type"),
     )
-    state: str | None = Field(None, max_length=32, description="All conditions in one word, for display only.")
+    state: str | None = Field(default=None, max_length=32, description="All conditions in one word, for display only.")
     fingerprint: str | None = Field(
-        None, max_length=64, description="Hash of everything that decides the results; part of the keys of the outputs."
+        default=None,
+        max_length=64,
+        description="Hash of everything that decides the results; part of the keys of the outputs.",
     )
     pipeline_revision: str | None = Field(
-        None, max_length=64, description="Revision of the pipeline that the batch holds to."
+        default=None, max_length=64, description="Revision of the pipeline that the batch holds to."
     )
-    planned_time: Time = Field(None, description="When the plan was there.")
-    start_time: Time = Field(None, description="When the first worker started.")
-    completion_time: Time = Field(None, description="When it ended, for better or worse.")
-    expires_time: Time = Field(None, description="When it expires unless it is finished.")
-    progress: Progress | None = Field(None, description="How far it is.")
-    shards: Shards | None = Field(None, description="The shards.")
-    throughput: Throughput | None = Field(None, description="How fast it goes.")
-    estimated_completion_time: Time = Field(None, description="When it will be done at this rate; unset: not known.")
-    eta: str | None = Field(None, max_length=32, description="Time until then, such as `1h12m`.")
-    last_progress_time: Time = Field(None, description="When an item was last finished.")
-    usage: BatchUsage | None = Field(None, description="Tokens that were spent.")
-    outputs: Outputs | None = Field(None, description="Where the results are.")
+    planned_time: Time = Field(default=None, description="When the plan was there.")
+    start_time: Time = Field(default=None, description="When the first worker started.")
+    completion_time: Time = Field(default=None, description="When it ended, for better or worse.")
+    expires_time: Time = Field(default=None, description="When it expires unless it is finished.")
+    progress: Progress | None = Field(default=None, description="How far it is.")
+    shards: Shards | None = Field(default=None, description="The shards.")
+    throughput: Throughput | None = Field(default=None, description="How fast it goes.")
+    estimated_completion_time: Time = Field(
+        default=None, description="When it will be done at this rate; unset: not known."
+    )
+    eta: str | None = Field(default=None, max_length=32, description="Time until then, such as `1h12m`.")
+    last_progress_time: Time = Field(default=None, description="When an item was last finished.")
+    usage: BatchUsage | None = Field(default=None, description="Tokens that were spent.")
+    outputs: Outputs | None = Field(default=None, description="Where the results are.")
     failure_summary: tuple[FailureCount, ...] = Field(
-        (),
+        default=(),
         max_length=16,
         description="The most frequent failures. Each single one is in the errors of the outputs.",
         json_schema_extra=keyed_by("step", "code"),
     )
-    jobs: Jobs | None = Field(None, description="The Jobs of this batch.")
-    workload: str | None = Field(None, max_length=253, description="Kueue's Workload of the run.")
+    jobs: Jobs | None = Field(default=None, description="The Jobs of this batch.")
+    workload: str | None = Field(default=None, max_length=253, description="Kueue's Workload of the run.")

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..settings import GROUP, PART_OF, VERSION
+from sightline_operator.settings import GROUP, PART_OF, VERSION
+
 from .batch import Batch, BatchStatus
 from .pipeline import BATCH_NAME_LENGTH, NAME_LENGTH, Pipeline, PipelineStatus
 from .schema import Schema, structural
@@ -38,13 +39,14 @@ def _pipelines() -> dict[str, Any]:
     rules = (
         Rule(
             f"{_DNS_1035} && size(self.metadata.name) <= {NAME_LENGTH}",
-            f"metadata.name must start with a letter, hold only a-z, 0-9 and -, and have at most {NAME_LENGTH} characters: "
-            "children are named after it",
+            "metadata.name must start with a letter, hold only a-z, 0-9 and -, and have at most "
+            f"{NAME_LENGTH} characters: children are named after it",
         ),
         Rule(
             f"!has(self.spec.batches) || self.spec.batches.all(b, size(self.metadata.name) + size(b.name) + "
             f"(has(b.schedule) ? 10 : 1) <= {BATCH_NAME_LENGTH})",
-            f"spec.batches[].name is too long: with metadata.name, and 9 more on a schedule, at most {BATCH_NAME_LENGTH}",
+            "spec.batches[].name is too long: the VisionBatch's name, made of metadata.name, it and on a schedule nine "
+            f"characters more, may have {BATCH_NAME_LENGTH} characters",
             ".spec.batches",
         ),
     )

@@ -20,6 +20,8 @@ from .types import (
     LabelValue,
     Object,
     PodTemplateOverrides,
+    PositiveDuration,
+    Reference,
     Resources,
     Rule,
     S3Location,
@@ -51,54 +53,59 @@ class Model(Object):
         Rule("!has(self.tokenSecretRef) || has(self.name)", "model.tokenSecretRef needs model.name", ".tokenSecretRef"),
     )
     name: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=256,
         pattern=r"^[^\s]+$",
         description="Hub id such as `Qwen/Qwen2.5-VL-7B-Instruct`, or a folder in the image or in a mounted volume.",
     )
     uri: str | None = Field(
-        None,
+        default=None,
         max_length=1024,
         pattern=r"^[a-z0-9+]+://[^\s]+$",
-        description="Where KServe's storage initializer takes the weights from: `s3://`, `pvc://claim/path`, `hf://`, `oci://` …",
+        description="Where KServe's storage initializer takes the weights from, such as `s3://bucket/path`, "
+        "`pvc://claim/path` or `oci://image`.",
     )
     revision: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=128,
         pattern=r"^[^\s]+$",
         description="Commit, tag or branch of a model on the hub.",
     )
-    token_secret_ref: SecretKeyRef | None = Field(None, description="Token for a model on the hub that wants one.")
+    token_secret_ref: SecretKeyRef | None = Field(
+        default=None, description="Token for a model on the hub that wants one."
+    )
 
 
 class Runtime(Object):
     """What runs the model. Neither name nor image: the operator's own image of this step's predictor."""
 
     rules = (Rule(at_most_one("name", "image"), "runtime: at most one of name and image may be set"),)
-    image: Image | None = Field(None, description="Image to run instead of the operator's, with the same command line.")
+    image: Image | None = Field(
+        default=None, description="Image to run instead of the operator's, with the same command line."
+    )
     name: DnsName | None = Field(
-        None,
+        default=None,
         description="ServingRuntime or ClusterServingRuntime of KServe to run instead of a predictor of Sightline.",
     )
     model_format: str = Field(
-        "huggingface",
+        default="huggingface",
         max_length=64,
         pattern=r"^[-a-z0-9.]+$",
         description="Model format that the runtime is asked for, with `name`.",
     )
     protocol: Literal["V2", "OpenAI"] = Field(
-        "V2",
+        default="V2",
         description="What the runtime speaks: V2 as Sightline's predictors do, or OpenAI (vLLM, huggingfaceserver).",
     )
     served_model: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=256,
         pattern=r"^[^\s]+$",
-        description="Name of the model in the routes of the runtime; unset: that of Sightline's predictor, or with `name` "
-        "that of the InferenceService.",
+        description="Name of the model in the routes of the runtime; unset: that of Sightline's predictor, or with "
+        "`name` that of the InferenceService.",
     )
 
 
@@ -106,43 +113,47 @@ class GPU(Object):
     """How many GPUs each replica has."""
 
     resource_name: str = Field(
-        "nvidia.com/gpu",
+        default="nvidia.com/gpu",
         max_length=128,
         pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
         description="Extended resource that the nodes offer, such as `nvidia.com/gpu` or `nvidia.com/mig-3g.40gb`.",
     )
-    count: int = Field(0, ge=0, le=64, description="GPUs of one replica; 0: CPU only.")
+    count: int = Field(default=0, ge=0, le=64, description="GPUs of one replica; 0: CPU only.")
 
 
 class Replicas(Object):
     """How many pods hold the model."""
 
     rules = (Rule("self.min <= self.max", "replicas.min must not be larger than replicas.max", ".min"),)
-    min: int = Field(1, ge=0, le=1000, description="At least so many; 0 (scale to zero) works in Knative mode only.")
-    max: int = Field(1, ge=1, le=1000, description="At most so many; more than min: scaled by `scaling`.")
+    min: int = Field(
+        default=1, ge=0, le=1000, description="At least so many; 0 (scale to zero) works in Knative mode only."
+    )
+    max: int = Field(default=1, ge=1, le=1000, description="At most so many; more than min: scaled by `scaling`.")
 
 
 class Scaling(Object):
     """What decides the number of replicas between min and max."""
 
     metric: Literal["Concurrency", "RPS", "CPU", "Memory"] = Field(
-        "CPU",
+        default="CPU",
         description="What is measured. Concurrency and RPS (requests per second) need Knative mode; CPU and Memory are "
         "percentages of the request, and say little of a GPU.",
     )
-    target: int = Field(80, ge=1, le=1_000_000, description="Value per replica that the number of replicas aims at.")
+    target: int = Field(
+        default=80, ge=1, le=1_000_000, description="Value per replica that the number of replicas aims at."
+    )
 
 
 class Toleration(Object):
     """A taint of nodes that these pods stand."""
 
-    key: str | None = Field(None, max_length=316, description="Key of the taint; unset: every key.")
-    operator: Literal["Exists", "Equal"] = Field("Equal", description="Exists: any value.")
-    value: str | None = Field(None, max_length=63, description="Value of the taint, with Equal.")
+    key: str | None = Field(default=None, max_length=316, description="Key of the taint; unset: every key.")
+    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists: any value.")
+    value: str | None = Field(default=None, max_length=63, description="Value of the taint, with Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="Effect of the taint; unset: every effect."
+        default=None, description="Effect of the taint; unset: every effect."
     )
-    toleration_seconds: int | None = Field(None, ge=0, description="With NoExecute: how long a pod may stay.")
+    toleration_seconds: int | None = Field(default=None, ge=0, description="With NoExecute: how long a pod may stay.")
 
 
 class InferenceService(Object):
@@ -165,34 +176,36 @@ class InferenceService(Object):
             ".resources",
         ),
     )
-    model: Model = Field(Model(), description="Which weights are loaded; empty: the small demonstration model.")
+    model: Model = Field(default=Model(), description="Which weights are loaded; empty: the small demonstration model.")
     runtime: Runtime = Field(
-        Runtime(), description="What runs them; empty: the operator's own image of this predictor."
+        default=Runtime(), description="What runs them; empty: the operator's own image of this predictor."
     )
     args: tuple[Argument, ...] = Field(
-        (),
+        default=(),
         max_length=64,
         description="Flags added to the command line, such as `--max-batch=16`.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
-    resources: Resources = Field(Resources(), description="CPU and memory of one replica.")
-    gpu: GPU = Field(GPU(), description="GPUs of one replica; none unless said.")
-    replicas: Replicas = Field(Replicas(), description="How many pods hold the model.")
+    resources: Resources = Field(default=Resources(), description="CPU and memory of one replica.")
+    gpu: GPU = Field(default=GPU(), description="GPUs of one replica; none unless said.")
+    replicas: Replicas = Field(default=Replicas(), description="How many pods hold the model.")
     scaling: Scaling | None = Field(
-        None, description="How the number of replicas follows the load; unset: KServe's way."
+        default=None, description="How the number of replicas follows the load; unset: KServe's way."
     )
     rollout: Literal["ResourceAware", "Availability"] | None = Field(
-        None,
-        description="How a new version replaces the old one. ResourceAware: a pod goes before its successor comes, so no "
-        "successor waits for the GPU that it holds. Availability: the successor is ready first, which needs a spare GPU. "
-        "Unset: ResourceAware with GPUs, Availability without.",
+        default=None,
+        description="How a new version replaces the old one. ResourceAware: a pod goes before its successor comes, so "
+        "no successor waits for the GPU that it holds. Availability: the successor is ready first, which needs a spare "
+        "GPU. Unset: ResourceAware with GPUs, Availability without.",
     )
-    load_timeout: Duration = Field(
-        "30m", description="How long the weights may take to load before the pod is started again."
+    load_timeout: PositiveDuration = Field(
+        default="30m", description="How long the weights may take to load before the pod is started again."
     )
-    node_selector: dict[str, LabelValue] = Field({}, max_length=32, description="Labels that the nodes must have.")
+    node_selector: dict[str, LabelValue] = Field(
+        default={}, max_length=32, description="Labels that the nodes must have."
+    )
     tolerations: tuple[Toleration, ...] = Field(
-        (),
+        default=(),
         max_length=32,
         description="Taints of nodes that the pods stand.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
@@ -209,7 +222,7 @@ class CaptionService(InferenceService):
     """The describe predictor (Qwen2-VL, Qwen2.5-VL)."""
 
     quantization: Literal["none", "8bit"] = Field(
-        "none", description="How the weights are held: as saved, or in 8 bits (bitsandbytes; needs a GPU)."
+        default="none", description="How the weights are held: as saved, or in 8 bits (bitsandbytes; needs a GPU)."
     )
 
 
@@ -217,19 +230,20 @@ class EnhanceService(InferenceService):
     """The enhance predictor (gpt-oss, whose published weights are in 4 bits already)."""
 
 
-class InferenceServiceRef(Object):
+class InferenceServiceRef(Reference):
     """An InferenceService in this namespace that somebody else owns."""
 
     name: DnsLabel = Field(description="Name of the InferenceService, in the namespace of this object.")
     model: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=256,
         pattern=r"^[^\s]+$",
         description="Name of the model in its routes; unset: the name of the InferenceService.",
     )
     protocol: Literal["V2", "OpenAI"] = Field(
-        "V2", description="What it speaks: V2 as Sightline's predictors do, or OpenAI (vLLM, huggingfaceserver)."
+        default="V2",
+        description="What it speaks: V2 as Sightline's predictors do, or OpenAI (vLLM, huggingfaceserver).",
     )
 
 
@@ -254,18 +268,18 @@ class Endpoint(Object):
     model: str = Field(
         min_length=1, max_length=256, pattern=r"^[^\s]+$", description="Name of the model there, such as `gpt-oss-20b`."
     )
-    auth_secret_ref: SecretKeyRef | None = Field(None, description="API key, sent as a bearer token.")
+    auth_secret_ref: SecretKeyRef | None = Field(default=None, description="API key, sent as a bearer token.")
     ca_secret_ref: SecretKeyRef | None = Field(
-        None, description="PEM certificates of the authority to trust instead of the public ones."
+        default=None, description="PEM certificates of the authority to trust instead of the public ones."
     )
 
 
 class Retry(Object):
     """Further attempts at a call that failed before any of its answer came: connection errors, 502, 503, 429."""
 
-    max_attempts: int = Field(2, ge=1, le=10, description="Calls in all; 1: no retry.")
-    per_try_timeout: Duration | None = Field(
-        None, description="What one attempt gets at most; unset: what is left of the step's timeout."
+    max_attempts: int = Field(default=2, ge=1, le=10, description="Calls in all; 1: no retry.")
+    per_try_timeout: PositiveDuration | None = Field(
+        default=None, description="What one attempt gets at most; unset: what is left of the step's timeout."
     )
 
 
@@ -283,10 +297,16 @@ class CircuitBreaker(Object):
             ".minRequests",
         ),
     )
-    error_percent: int | None = Field(None, ge=1, le=100, description="Open when so many of the last calls failed.")
-    min_requests: int | None = Field(None, ge=1, le=10_000, description="Calls before errorPercent counts; unset: 20.")
-    consecutive_errors: int | None = Field(None, ge=1, le=1000, description="Open after so many failures in a row.")
-    open_for: Duration = Field("10s", description="How long no call is made before one is tried again.")
+    error_percent: int | None = Field(
+        default=None, ge=1, le=100, description="Open when so many of the last calls failed."
+    )
+    min_requests: int | None = Field(
+        default=None, ge=1, le=10_000, description="Calls before errorPercent counts; unset: 20."
+    )
+    consecutive_errors: int | None = Field(
+        default=None, ge=1, le=1000, description="Open after so many failures in a row."
+    )
+    open_for: PositiveDuration = Field(default="10s", description="How long no call is made before one is tried again.")
 
 
 _SOURCES = ("inferenceService", "inferenceServiceRef", "endpoint")
@@ -296,7 +316,7 @@ _STEP_RULES = (
         "exactly one of inferenceService, inferenceServiceRef and endpoint must be set: where this step's model is",
     ),
     Rule(
-        "!has(self.retry) || !has(self.retry.perTryTimeout) || duration(self.retry.perTryTimeout) <= duration(self.timeout)",
+        "!has(self.retry.perTryTimeout) || duration(self.retry.perTryTimeout) <= duration(self.timeout)",
         "retry.perTryTimeout must not be longer than timeout",
         ".retry.perTryTimeout",
     ),
@@ -308,16 +328,17 @@ class Step(Object):
 
     rules = _STEP_RULES
     inference_service_ref: InferenceServiceRef | None = Field(
-        None, description="An InferenceService in this namespace that exists already. The operator never changes it."
+        default=None,
+        description="An InferenceService in this namespace that exists already. The operator never changes it.",
     )
-    endpoint: Endpoint | None = Field(None, description="Any server that speaks OpenAI's chat completions.")
-    retry: Retry = Field(Retry(), description="Further attempts at a call that failed.")
+    endpoint: Endpoint | None = Field(default=None, description="Any server that speaks OpenAI's chat completions.")
+    retry: Retry = Field(default=Retry(), description="Further attempts at a call that failed.")
     circuit_breaker: CircuitBreaker | None = Field(
-        None,
+        default=None,
         description="When the gateway stops calling a step that fails; unset: after five failures in a row, for 10s.",
     )
     max_in_flight: int = Field(
-        32, ge=1, le=10_000, description="Calls of this step that one gateway pod has open at once."
+        default=32, ge=1, le=10_000, description="Calls of this step that one gateway pod has open at once."
     )
 
 
@@ -325,20 +346,23 @@ class CaptionStep(Step):
     """Looks at the image and says what is there."""
 
     inference_service: CaptionService | None = Field(
-        None, description="Sightline's describe predictor, made and kept by the operator."
+        default=None, description="Sightline's describe predictor, made and kept by the operator."
     )
     prompt: str | None = Field(
-        None, min_length=1, max_length=8192, description="Words sent with the image when a request has none of its own."
+        default=None,
+        min_length=1,
+        max_length=8192,
+        description="Words sent with the image when a request has none of its own.",
     )
-    generation: Generation = Field(Generation(), description="How tokens are chosen.")
-    timeout: Duration = Field("60s", description="What the step gets of a request's deadline at most.")
+    generation: Generation = Field(default=Generation(), description="How tokens are chosen.")
+    timeout: PositiveDuration = Field(default="60s", description="What the step gets of a request's deadline at most.")
 
 
 class EnhanceGeneration(Generation):
     """How tokens are chosen, and how long the model thinks first."""
 
     reasoning_effort: Literal["low", "medium", "high"] | None = Field(
-        None, description="How long the model thinks before it writes, when a request does not say; unset: low."
+        default=None, description="How long the model thinks before it writes, when a request does not say; unset: low."
     )
 
 
@@ -346,26 +370,26 @@ class EnhanceStep(Step):
     """Turns the caption into fuller prose."""
 
     inference_service: EnhanceService | None = Field(
-        None, description="Sightline's enhance predictor, made and kept by the operator."
+        default=None, description="Sightline's enhance predictor, made and kept by the operator."
     )
-    generation: EnhanceGeneration = Field(EnhanceGeneration(), description="How tokens are chosen.")
-    timeout: Duration = Field("60s", description="What the step gets of a request's deadline at most.")
+    generation: EnhanceGeneration = Field(default=EnhanceGeneration(), description="How tokens are chosen.")
+    timeout: PositiveDuration = Field(default="60s", description="What the step gets of a request's deadline at most.")
 
 
 class EnhancePolicy(Object):
     """When a caption is enhanced, and what happens when that fails."""
 
     default: Literal["OnRequest", "Always", "Never"] | None = Field(
-        None,
+        default=None,
         description="Always: unless a request says no. OnRequest: when a request says so. Never: not even then. "
         "Unset: Always with an enhance step, Never without one.",
     )
     on_failure: Literal["Degrade", "Fail"] = Field(
-        "Degrade",
-        description="Degrade: 200 with the bare caption and the reason. Fail: an error, unless the request allows less.",
+        default="Degrade",
+        description="Degrade: 200 with the bare caption and the reason. Fail: an error that holds the caption.",
     )
     min_remaining: Duration = Field(
-        "2s", description="Time that a request must have left for its enhancement to be started at all."
+        default="2s", description="Time that a request must have left for its enhancement to be started at all."
     )
 
 
@@ -375,10 +399,10 @@ class EnhancePolicy(Object):
 class GatewayService(Object):
     """The Service before the gateway's pods."""
 
-    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field("ClusterIP", description="Who can reach it.")
-    port: int = Field(80, ge=1, le=65_535, description="Its port.")
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(default="ClusterIP", description="Who can reach it.")
+    port: int = Field(default=80, ge=1, le=65_535, description="Its port.")
     annotations: dict[str, AnnotationValue] = Field(
-        {}, max_length=32, description="Annotations, such as those that a cloud's load balancer reads."
+        default={}, max_length=32, description="Annotations, such as those that a cloud's load balancer reads."
     )
 
 
@@ -386,8 +410,8 @@ class ParentRef(Object):
     """A Gateway that the route hangs on."""
 
     name: DnsName = Field(description="Name of the Gateway.")
-    namespace: DnsLabel | None = Field(None, description="Its namespace; unset: that of this object.")
-    section_name: DnsName | None = Field(None, description="One listener of it; unset: all that fit.")
+    namespace: DnsLabel | None = Field(default=None, description="Its namespace; unset: that of this object.")
+    section_name: DnsName | None = Field(default=None, description="One listener of it; unset: all that fit.")
 
 
 class HTTPRoute(Object):
@@ -400,7 +424,7 @@ class HTTPRoute(Object):
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     hostnames: tuple[DnsName, ...] = Field(
-        (),
+        default=(),
         max_length=16,
         description="Host names that it answers to; none: any.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
@@ -417,9 +441,11 @@ class Autoscaling(Object):
             ".minReplicas",
         ),
     )
-    min_replicas: int = Field(1, ge=1, le=1000, description="At least so many pods.")
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="At least so many pods.")
     max_replicas: int = Field(ge=1, le=1000, description="At most so many pods.")
-    cpu_percent: int = Field(70, ge=1, le=100, description="CPU use that it aims at, as a percentage of the request.")
+    cpu_percent: int = Field(
+        default=70, ge=1, le=100, description="CPU use that it aims at, as a percentage of the request."
+    )
 
 
 class Auth(Object):
@@ -432,18 +458,20 @@ class Auth(Object):
         ),
     )
     api_keys_secret_ref: SecretKeyRef | None = Field(
-        None, description="Accepted keys, one a line. A change of the Secret is taken over without a restart."
+        default=None, description="Accepted keys, one a line. A change of the Secret is taken over without a restart."
     )
-    none: bool | None = Field(None, description="true: anybody who reaches the gateway may call it.")
+    none: bool | None = Field(default=None, description="true: anybody who reaches the gateway may call it.")
 
 
 class Limits(Object):
     """What the gateway refuses before it costs anything."""
 
-    max_image_bytes: int = Field(20_971_520, ge=1, le=1_073_741_824, description="Bytes of one encoded image.")
-    max_pixels: int = Field(40_000_000, ge=1, le=1_000_000_000, description="Pixels of one decoded image.")
-    max_body_bytes: int = Field(104_857_600, ge=1, le=2_147_483_647, description="Bytes of one request.")
-    queue_size: int = Field(64, ge=1, le=100_000, description="Requests that may wait in one pod; one more is 429.")
+    max_image_bytes: int = Field(default=20_971_520, ge=1, le=1_073_741_824, description="Bytes of one encoded image.")
+    max_pixels: int = Field(default=40_000_000, ge=1, le=1_000_000_000, description="Pixels of one decoded image.")
+    max_body_bytes: int = Field(default=104_857_600, ge=1, le=2_147_483_647, description="Bytes of one request.")
+    queue_size: int = Field(
+        default=64, ge=1, le=100_000, description="Requests that may wait in one pod; one more is 429."
+    )
 
 
 class Deadline(Object):
@@ -456,16 +484,16 @@ class Deadline(Object):
             ".default",
         ),
     )
-    default: Duration | None = Field(None, description="Of a request that does not say; unset: max.")
-    max: Duration = Field("120s", description="A request may ask for less, never for more.")
+    default: PositiveDuration | None = Field(default=None, description="Of a request that does not say; unset: max.")
+    max: PositiveDuration = Field(default="120s", description="A request may ask for less, never for more.")
 
 
 class ServiceMonitor(Object):
     """A ServiceMonitor for Prometheus, made when the cluster has that kind."""
 
-    interval: Duration = Field("30s", description="How often the gateway's metrics are read.")
+    interval: PositiveDuration = Field(default="30s", description="How often the gateway's metrics are read.")
     labels: dict[str, LabelValue] = Field(
-        {},
+        default={},
         max_length=32,
         description="Labels that the Prometheus of the cluster selects by, such as `release: prometheus`.",
     )
@@ -475,18 +503,23 @@ class Gateway(Object):
     """What clients call: it fetches images, runs the steps and answers. It holds no model and needs no GPU."""
 
     replicas: int = Field(
-        1, ge=0, le=1000, description="Pods; `kubectl scale` sets it. With autoscaling the autoscaler decides instead."
+        default=1,
+        ge=0,
+        le=1000,
+        description="Pods; `kubectl scale` sets it. With autoscaling the autoscaler decides instead.",
     )
-    image: Image | None = Field(None, description="Image to run; unset: the operator's own.")
-    resources: Resources = Field(Resources(), description="CPU and memory of one pod.")
-    service: GatewayService = Field(GatewayService(), description="The Service before the pods.")
-    http_route: HTTPRoute | None = Field(None, description="A route of the Gateway API; none unless said.")
-    autoscaling: Autoscaling | None = Field(None, description="A HorizontalPodAutoscaler; none unless said.")
-    service_monitor: ServiceMonitor | None = Field(None, description="A ServiceMonitor; none unless said.")
+    image: Image | None = Field(default=None, description="Image to run; unset: the operator's own.")
+    resources: Resources = Field(default=Resources(), description="CPU and memory of one pod.")
+    service: GatewayService = Field(default=GatewayService(), description="The Service before the pods.")
+    http_route: HTTPRoute | None = Field(default=None, description="A route of the Gateway API; none unless said.")
+    autoscaling: Autoscaling | None = Field(default=None, description="A HorizontalPodAutoscaler; none unless said.")
+    service_monitor: ServiceMonitor | None = Field(default=None, description="A ServiceMonitor; none unless said.")
     auth: Auth = Field(description="Who may call it. That anybody may has to be said: `auth: {none: true}`.")
-    limits: Limits = Field(Limits(), description="What is refused before it costs anything.")
-    deadline: Deadline = Field(Deadline(), description="How long a request may take.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What the gateway logs.")
+    limits: Limits = Field(default=Limits(), description="What is refused before it costs anything.")
+    deadline: Deadline = Field(default=Deadline(), description="How long a request may take.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="What the gateway logs."
+    )
     pod_template_overrides: PodTemplateOverrides = None
 
 
@@ -518,24 +551,30 @@ class PipelineBatch(Object):
         "`<pipeline>-<name>-<minutes since 1970>`.",
     )
     schedule: str | None = Field(
-        None,
+        default=None,
         max_length=128,
         pattern=_CRON,
-        description="Five fields of cron such as `0 3 * * *`, or `@daily`. Unset: made once, as soon as the pipeline is there.",
+        description="Five fields of cron such as `0 3 * * *`, or `@daily`. Unset: made once, as soon as the pipeline "
+        "is there.",
     )
     time_zone: str | None = Field(
-        None, max_length=64, pattern=r"^[A-Za-z0-9_+/-]+$", description="IANA time zone of the schedule; unset: UTC."
+        default=None,
+        max_length=64,
+        pattern=r"^[A-Za-z0-9_+/-]+$",
+        description="IANA time zone of the schedule; unset: UTC.",
     )
-    suspend: bool = Field(False, description="true: no new VisionBatch is made. Those that run go on.")
+    suspend: bool = Field(default=False, description="true: no new VisionBatch is made. Those that run go on.")
     concurrency_policy: Literal["Allow", "Forbid"] = Field(
-        "Forbid", description="Forbid: a run is skipped while the one before it still goes on."
+        default="Forbid", description="Forbid: a run is skipped while the one before it still goes on."
     )
-    starting_deadline: Duration | None = Field(
-        None,
+    starting_deadline: PositiveDuration | None = Field(
+        default=None,
         description="A run that could not start for so long is skipped; unset: the last missed one is made up for.",
     )
-    successful_history_limit: int = Field(3, ge=0, le=100, description="Completed VisionBatches that are kept.")
-    failed_history_limit: int = Field(1, ge=0, le=100, description="Failed and cancelled VisionBatches that are kept.")
+    successful_history_limit: int = Field(default=3, ge=0, le=100, description="Completed VisionBatches that are kept.")
+    failed_history_limit: int = Field(
+        default=1, ge=0, le=100, description="Failed and cancelled VisionBatches that are kept."
+    )
     template: BatchTemplate = Field(description="What the VisionBatch says.")
 
 
@@ -578,34 +617,38 @@ class Pipeline(Object):
     )
     caption: CaptionStep = Field(description="The step that looks at the image.")
     enhance: EnhanceStep | None = Field(
-        None, description="The step that turns the caption into fuller prose; none: the pipeline only captions."
+        default=None, description="The step that turns the caption into fuller prose; none: the pipeline only captions."
     )
-    enhance_policy: EnhancePolicy = Field(EnhancePolicy(), description="When a caption is enhanced, and what if not.")
+    enhance_policy: EnhancePolicy = Field(
+        default=EnhancePolicy(), description="When a caption is enhanced, and what if not."
+    )
     gateway: Gateway = Field(description="What clients call.")
     storage: Storage | None = Field(
-        None, description="Object store for s3:// images and for work that outlives a request; none: neither."
+        default=None, description="Object store for s3:// images and for work that outlives a request; none: neither."
     )
     batches: tuple[PipelineBatch, ...] = Field(
-        (),
+        default=(),
         max_length=16,
         description="Batches that the operator makes, once or on a schedule.",
         json_schema_extra=keyed_by("name"),
     )
     suspend: bool = Field(
-        False, description="true: no pods run; InferenceServices are stopped and the gateway has none. Nothing is lost."
+        default=False,
+        description="true: no pods run; InferenceServices are stopped and the gateway has none. Nothing is lost.",
     )
     network_policy: Literal["Managed", "Unmanaged"] = Field(
-        "Managed",
+        default="Managed",
         description="Managed: only the gateway reaches the owned predictors. Unmanaged: no NetworkPolicy is made.",
     )
     deletion_policy: Literal["Delete", "OrphanModels"] = Field(
-        "Delete",
-        description="What goes with this object: everything, or everything but the InferenceServices, which go on serving.",
+        default="Delete",
+        description="What goes with this object: everything, or everything but the InferenceServices, which go on "
+        "serving.",
     )
     update_policy: Literal["OnSpecChange", "WithOperator"] = Field(
-        "OnSpecChange",
-        description="When a newer operator may render this pipeline in its newer way: at the next change of the spec, so "
-        "that an upgrade of the operator restarts nothing, or at once.",
+        default="OnSpecChange",
+        description="When a newer operator may render this pipeline in its newer way: at the next change of the spec, "
+        "so that an upgrade of the operator restarts nothing, or at once.",
     )
 
     @property
@@ -628,49 +671,53 @@ class StepStatus(Object):
 
     name: Literal["caption", "enhance"] = Field(description="Which step.")
     source: Literal["InferenceService", "InferenceServiceRef", "Endpoint"] | None = Field(
-        None, description="Where its model is."
+        default=None, description="Where its model is."
     )
-    inference_service: str | None = Field(None, max_length=253, description="Its InferenceService, if it has one.")
-    url: str | None = Field(None, max_length=1024, description="Where the gateway calls it.")
-    model: str | None = Field(None, max_length=1024, description="Its model.")
-    model_revision: str | None = Field(None, max_length=256, description="Revision of the model, where it is known.")
-    ready: bool | None = Field(None, description="Whether it answers now.")
-    ready_replicas: int | None = Field(None, ge=0, description="Pods that answer.")
-    revision_ready: bool | None = Field(None, description="Whether what answers is what the spec says now.")
+    inference_service: str | None = Field(
+        default=None, max_length=253, description="Its InferenceService, if it has one."
+    )
+    url: str | None = Field(default=None, max_length=1024, description="Where the gateway calls it.")
+    model: str | None = Field(default=None, max_length=1024, description="Its model.")
+    model_revision: str | None = Field(
+        default=None, max_length=256, description="Revision of the model, where it is known."
+    )
+    ready: bool | None = Field(default=None, description="Whether it answers now.")
+    ready_replicas: int | None = Field(default=None, ge=0, description="Pods that answer.")
+    revision_ready: bool | None = Field(default=None, description="Whether what answers is what the spec says now.")
 
 
 class GatewayStatus(Object):
     """How the gateway is."""
 
-    replicas: int | None = Field(None, ge=0, description="Pods that are there.")
-    ready_replicas: int | None = Field(None, ge=0, description="Pods that answer.")
-    ready: str | None = Field(None, max_length=32, description="Ready pods of wanted ones, such as `1/2`.")
-    selector: str | None = Field(None, max_length=1024, description="Selector of the pods, for autoscalers.")
-    image: str | None = Field(None, max_length=512, description="Image that they run.")
+    replicas: int | None = Field(default=None, ge=0, description="Pods that are there.")
+    ready_replicas: int | None = Field(default=None, ge=0, description="Pods that answer.")
+    ready: str | None = Field(default=None, max_length=32, description="Ready pods of wanted ones, such as `1/2`.")
+    selector: str | None = Field(default=None, max_length=1024, description="Selector of the pods, for autoscalers.")
+    image: str | None = Field(default=None, max_length=512, description="Image that they run.")
 
 
 class PipelineBatches(Object):
     """The batches that this pipeline serves."""
 
-    active: int | None = Field(None, ge=0, description="VisionBatches that are not finished.")
+    active: int | None = Field(default=None, ge=0, description="VisionBatches that are not finished.")
 
 
 class BatchSchedule(Object):
     """What a scheduled batch did last."""
 
     name: str = Field(max_length=63, description="Name in spec.batches.")
-    last_schedule_time: Time = Field(None, description="When it was last due and made.")
-    next_schedule_time: Time = Field(None, description="When it is due next.")
-    last_batch: str | None = Field(None, max_length=253, description="VisionBatch that was made last.")
+    last_schedule_time: Time = Field(default=None, description="When it was last due and made.")
+    next_schedule_time: Time = Field(default=None, description="When it is due next.")
+    last_batch: str | None = Field(default=None, max_length=253, description="VisionBatch that was made last.")
 
 
 class Drift(Object):
     """The last repair of something that somebody changed or deleted."""
 
-    time: Time = Field(None, description="When.")
-    object: str | None = Field(None, max_length=512, description="Kind and name.")
+    time: Time = Field(default=None, description="When.")
+    object: str | None = Field(default=None, max_length=512, description="Kind and name.")
     fields: tuple[FieldPath, ...] = Field(
-        (),
+        default=(),
         max_length=8,
         description="Fields that were set back.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
@@ -680,28 +727,37 @@ class Drift(Object):
 class PipelineStatus(Object):
     """How a VisionPipeline is, and why."""
 
-    observed_generation: int | None = Field(None, ge=0, description="Generation of the spec that this status is about.")
+    observed_generation: int | None = Field(
+        default=None, ge=0, description="Generation of the spec that this status is about."
+    )
     conditions: tuple[Condition, ...] = Field(
-        (),
+        default=(),
         max_length=16,
         description="Accepted, CaptionReady, EnhanceReady, GatewayReady, Degraded, and Ready, which sums them up.",
         json_schema_extra=keyed_by("type"),
     )
-    url: str | None = Field(None, max_length=1024, description="Where clients in the cluster call the pipeline.")
+    url: str | None = Field(
+        default=None, max_length=1024, description="Where clients in the cluster call the pipeline."
+    )
     revision: str | None = Field(
-        None,
+        default=None,
         max_length=64,
         description="Hash of everything that decides what the pipeline answers; batches hold to it.",
     )
     render_version: int | None = Field(
-        None, ge=0, description="Version of the rules by which the children were rendered."
+        default=None, ge=0, description="Version of the rules by which the children were rendered."
     )
     steps: tuple[StepStatus, ...] = Field(
-        (), max_length=2, description="The steps.", json_schema_extra=keyed_by("name")
+        default=(), max_length=2, description="The steps.", json_schema_extra=keyed_by("name")
     )
-    gateway: GatewayStatus | None = Field(None, description="The gateway.")
-    batches: PipelineBatches | None = Field(None, description="The batches that this pipeline serves.")
+    gateway: GatewayStatus | None = Field(default=None, description="The gateway.")
+    batches: PipelineBatches | None = Field(default=None, description="The batches that this pipeline serves.")
     schedules: tuple[BatchSchedule, ...] = Field(
-        (), max_length=16, description="What the batches of the spec did last.", json_schema_extra=keyed_by("name")
+        default=(),
+        max_length=16,
+        description="What the batches of the spec did last.",
+        json_schema_extra=keyed_by("name"),
     )
-    last_drift: Drift | None = Field(None, description="The last repair of something that somebody changed or deleted.")
+    last_drift: Drift | None = Field(
+        default=None, description="The last repair of something that somebody changed or deleted."
+    )

@@ -26,7 +26,7 @@ class _Generator(GenerateJsonSchema):
         return {"allOf": [inner], "default": told} if "$ref" in inner else {**inner, "default": told}
 
 
-def _plain(default: object) -> Any:
+def _plain(default: object) -> object:
     """A default as JSON, without what is unset or empty inside."""
     if isinstance(default, BaseModel):
         fields = default.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -38,7 +38,12 @@ class Object(BaseModel):
     """A part of a spec or of a status: camelCase outside, snake_case inside, never changed, unknown fields ignored."""
 
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="ignore", protected_namespaces=()
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        frozen=True,
+        extra="ignore",
+        protected_namespaces=(),
     )
     rules: ClassVar[tuple[Rule, ...]] = ()
 
@@ -50,9 +55,9 @@ class Object(BaseModel):
         return schema
 
 
-def ruled(*rules: Rule, **extra: Any) -> dict[str, Any]:
+def ruled(*rules: Rule) -> dict[str, Any]:
     """`json_schema_extra` of a field with CEL rules of its own."""
-    return {VALIDATIONS: [rule.as_schema() for rule in rules], **extra}
+    return {VALIDATIONS: [rule.as_schema() for rule in rules]}
 
 
 def immutable(name: str) -> dict[str, Any]:
@@ -80,8 +85,19 @@ def at_most_one(*names: str) -> str:
 _DURATION = r"([0-9]+(\.[0-9]+)?(ms|s|m|h))+"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
-Duration = Annotated[str, Field(pattern=f"^{_DURATION}$", max_length=32)]
+_NOT_ENDLESS = Rule(
+    "duration(self) <= duration('8760h')", "a duration such as 90s or 1h30m must not be longer than 8760h"
+)
+_LONGER_THAN_NOTHING = Rule(
+    "duration(self) > duration('0s')", "a duration such as 90s or 1h30m must be longer than 0s here"
+)
+
+Duration = Annotated[str, Field(pattern=f"^{_DURATION}$", max_length=32, json_schema_extra=ruled(_NOT_ENDLESS))]
 """Such as `500ms`, `90s`, `1h30m`."""
+PositiveDuration = Annotated[
+    str,
+    Field(pattern=f"^{_DURATION}$", max_length=32, json_schema_extra=ruled(_LONGER_THAN_NOTHING, _NOT_ENDLESS)),
+]
 
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]
 DnsName = Annotated[
@@ -101,8 +117,8 @@ PodTemplateOverrides = Annotated[
     Field(
         json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True},
         description="Pod template fields (`metadata.labels`, `metadata.annotations`, `spec`) merged last over what the "
-        "operator renders, as `kubectl patch --type=strategic` would: containers, volumes and environment variables by "
-        "name, everything else replaced. For what has no field here: affinity, extra volumes, sidecars, a runtime class.",
+        "operator renders, as `kubectl patch --type=strategic` would: containers, volumes and environment variables "
+        "by name, everything else replaced. For what has no field here: affinity, volumes, sidecars, a runtime class.",
     ),
 ]
 
@@ -119,14 +135,20 @@ def seconds(duration: str) -> float:
 # --- what both kinds have --------------------------------------------------------------------------------------------
 
 
-class SecretKeyRef(Object):
+class Reference(Object):
+    """Something else by name, replaced as a whole: half of one reference and half of another is none."""
+
+    model_config = ConfigDict(json_schema_extra={"x-kubernetes-map-type": "atomic"})
+
+
+class SecretKeyRef(Reference):
     """One key of a Secret in the namespace of this object. The operator never reads it: the kubelet mounts it."""
 
     name: DnsName = Field(description="Name of the Secret, in the namespace of this object.")
     key: SecretKey = Field(description="Key in the Secret.")
 
 
-class SecretRef(Object):
+class SecretRef(Reference):
     """A whole Secret in the namespace of this object, by name."""
 
     name: DnsName = Field(description="Name of the Secret, in the namespace of this object.")
@@ -151,13 +173,13 @@ class Resources(Object):
         ),
     )
     requests: dict[str, Quantity] = Field(
-        {},
+        default={},
         max_length=16,
         description="What the scheduler sets aside, such as `cpu: 500m`.",
         json_schema_extra=ruled(_QUANTITIES),
     )
     limits: dict[str, Quantity] = Field(
-        {},
+        default={},
         max_length=16,
         description="What the container may use at most, such as `memory: 16Gi`.",
         json_schema_extra=ruled(_QUANTITIES),
@@ -167,13 +189,13 @@ class Resources(Object):
 class Generation(Object):
     """How tokens are chosen. What is not set is left to the predictor."""
 
-    max_tokens: int | None = Field(None, ge=1, le=131_072, description="New tokens at most.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy, and the same on every run.")
+    max_tokens: int | None = Field(default=None, ge=1, le=131_072, description="New tokens at most.")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy, and the same on every run.")
     top_p: float | None = Field(
-        None, gt=0, le=1, description="Choose among the likeliest tokens whose probabilities sum up to this."
+        default=None, gt=0, le=1, description="Choose among the likeliest tokens whose probabilities sum up to this."
     )
     seed: int | None = Field(
-        None, ge=0, le=4_294_967_295, description="Of the random choices, for steps whose server takes one."
+        default=None, ge=0, le=4_294_967_295, description="Of the random choices, for steps whose server takes one."
     )
 
 
@@ -190,10 +212,10 @@ class S3Location(Object):
         min_length=3, max_length=63, pattern=r"^[a-z0-9][-.a-z0-9]*[a-z0-9]$", description="Name of the bucket."
     )
     prefix: str = Field(
-        "", max_length=512, pattern=r"^[^\s]*$", description="What every key begins with; empty: nothing."
+        default="", max_length=512, pattern=r"^[^\s]*$", description="What every key begins with; empty: nothing."
     )
     endpoint: str | None = Field(
-        None,
+        default=None,
         max_length=512,
         description="URL of the store; unset: AWS.",
         json_schema_extra=ruled(
@@ -205,15 +227,17 @@ class S3Location(Object):
         ),
     )
     region: str | None = Field(
-        None, max_length=64, pattern=r"^[-a-z0-9]+$", description="Region, such as `eu-central-1`."
+        default=None, max_length=64, pattern=r"^[-a-z0-9]+$", description="Region, such as `eu-central-1`."
     )
-    path_style: bool = Field(False, description="Address buckets by path, as most stores other than AWS want it.")
+    path_style: bool = Field(
+        default=False, description="Address buckets by path, as most stores other than AWS want it."
+    )
     credentials_secret_ref: SecretRef | None = Field(
-        None,
+        default=None,
         description="Secret with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN if any).",
     )
     service_account_name: DnsName | None = Field(
-        None, description="Service account that the cloud's own identity gives rights to the bucket."
+        default=None, description="Service account that the cloud's own identity gives rights to the bucket."
     )
 
 
@@ -229,13 +253,15 @@ class Condition(Object):
         description="One word for why.",
     )
     message: str = Field(
-        "", max_length=32_768, description="The same in a sentence, with the deepest cause that is known."
+        default="", max_length=32_768, description="The same in a sentence, with the deepest cause that is known."
     )
     last_transition_time: str = Field(
         description="When the status last changed.", json_schema_extra={"format": "date-time"}
     )
     observed_generation: int | None = Field(
-        None, ge=0, description="Generation of the object that this was said about; an older one may be out of date."
+        default=None,
+        ge=0,
+        description="Generation of the object that this was said about; an older one may be out of date.",
     )
 
 
