@@ -1,10 +1,10 @@
-"""Cron expressions of five fields, in UTC: parsed once, then asked for the moments they name."""
+"""Cron expressions of five fields: parsed once, then asked for the moments they name, in UTC or a zone of their own."""
 
 from __future__ import annotations
 
 import calendar
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 
 _NICKNAMES = {
     "@yearly": "0 0 1 1 *",
@@ -65,25 +65,24 @@ class Cron:
             is_either_day=not parts[2].startswith(("*", "?")) and not parts[4].startswith(("*", "?")),
         )
 
-    def latest(self, *, after: datetime, until: datetime) -> datetime | None:
+    def latest(self, *, after: datetime, until: datetime, zone: tzinfo | None = None) -> datetime | None:
         """The last moment in (after, until], None when there is none."""
-        day, oldest = until.astimezone(UTC).date(), max(after.astimezone(UTC).date(), _days_before(until))
+        day = until.astimezone(zone or UTC).date()
+        oldest = max(after.astimezone(zone or UTC).date(), day - timedelta(days=_HORIZON_DAYS))
         while day >= oldest:
-            if self._has(day):
-                for moment in self._moments(day, is_reversed=True):
-                    if after < moment <= until:
-                        return moment
+            moments = [moment for moment in self._moments(day, zone) if after < moment <= until]
+            if moments:
+                return moments[-1]
             day -= timedelta(days=1)
         return None
 
-    def next(self, after: datetime) -> datetime | None:
+    def next(self, after: datetime, zone: tzinfo | None = None) -> datetime | None:
         """The first moment after that; None when there is none in eight years (30 February)."""
-        day = after.astimezone(UTC).date()
+        day = after.astimezone(zone or UTC).date()
         for _ in range(_HORIZON_DAYS):
-            if self._has(day):
-                for moment in self._moments(day, is_reversed=False):
-                    if moment > after:
-                        return moment
+            moment = next((moment for moment in self._moments(day, zone) if moment > after), None)
+            if moment is not None:
+                return moment
             day += timedelta(days=1)
         return None
 
@@ -93,15 +92,17 @@ class Cron:
         of_month, of_week = day.day in self.days, day.isoweekday() % 7 in self.weekdays
         return of_month or of_week if self.is_either_day else of_month and of_week
 
-    def _moments(self, day: date, *, is_reversed: bool) -> list[datetime]:
-        moments = [
-            datetime.combine(day, time(hour, minute), tzinfo=UTC) for hour in self.hours for minute in self.minutes
+    def _moments(self, day: date, zone: tzinfo | None) -> list[datetime]:
+        """Of one day, in order, in UTC.
+
+        A time that the clock jumps over in spring counts as so much later; one that comes twice in autumn counts once.
+        """
+        if not self._has(day):
+            return []
+        wall = [
+            datetime.combine(day, time(hour, minute), zone or UTC) for hour in self.hours for minute in self.minutes
         ]
-        return moments[::-1] if is_reversed else moments
-
-
-def _days_before(until: datetime) -> date:
-    return until.astimezone(UTC).date() - timedelta(days=_HORIZON_DAYS)
+        return sorted({moment.astimezone(UTC) for moment in wall})
 
 
 def _parse_field(text: str, name: str, low: int, high: int, names: dict[str, int]) -> frozenset[int]:
@@ -115,9 +116,7 @@ def _parse_field(text: str, name: str, low: int, high: int, names: dict[str, int
     return frozenset(values)
 
 
-def _parse_span(
-    span: str, name: str, low: int, high: int, names: dict[str, int], *, is_open: bool
-) -> tuple[int, int]:
+def _parse_span(span: str, name: str, low: int, high: int, names: dict[str, int], *, is_open: bool) -> tuple[int, int]:
     """First and last of `*`, `3`, `3-5`; `3/2` means from 3 to the end."""
     if span in {"*", "?"}:
         return low, high

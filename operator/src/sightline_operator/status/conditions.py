@@ -55,9 +55,7 @@ def shortened(message: str) -> str:
     return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 1] + "…"
 
 
-def _rendered(
-    condition: Condition, before: Mapping[str, Any] | None, generation: int, now: datetime
-) -> dict[str, Any]:
+def _rendered(condition: Condition, before: Mapping[str, Any] | None, generation: int, now: datetime) -> dict[str, Any]:
     is_same = before is not None and before.get("status") == condition.status
     since = before.get("lastTransitionTime") if is_same and before else None
     return {

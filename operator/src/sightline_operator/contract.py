@@ -142,7 +142,7 @@ class LastWords:
         )
 
 
-def _failures(said: Any) -> tuple[Mapping[str, Any], ...]:
+def _failures(said: object) -> tuple[Mapping[str, Any], ...]:
     """The commonest kinds of failure, most first, ties by name: the same counts always read the same."""
     if not isinstance(said, list):
         return ()
