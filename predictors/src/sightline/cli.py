@@ -103,6 +103,21 @@ def demo(
     raise SystemExit(run(port, import_server, keep_serving=not once))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def render(context: typer.Context) -> None:
+    """Print everything the operator would apply for a VisionPipeline: `sightline render -f pipeline.yaml`."""
+    try:
+        from sightline_operator.render.cli import main as render_main
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "sightline_operator":
+            raise
+        typer.echo("sightline: `render` is the operator's: pip install sightline-operator", err=True)
+        raise SystemExit(1) from error
+    raise SystemExit(render_main(context.args))
+
+
 app.command()(conformance)
 
 

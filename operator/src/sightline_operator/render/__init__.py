@@ -33,8 +33,8 @@ RENDER_VERSION = 1
 
 VERSIONS: Mapping[int, ModuleType] = {1: v1}
 
-OPTIONAL_KINDS = frozenset({"HTTPRoute", "ServiceMonitor"})
-"""Kinds of other projects that are rendered only where the cluster serves them. InferenceServices always are."""
+OPTIONAL_KINDS = frozenset({"InferenceService", "HTTPRoute", "ServiceMonitor"})
+"""Kinds of other projects: rendered where the cluster serves them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def pinned(cr: Mapping[str, Any], settings: RenderSettings) -> Pinned:
     else the newest. A version that this operator doesn't know (it was downgraded) counts as none.
     """
     status = cast("Mapping[str, Any]", cr.get("status") or {})
-    version = status.get("renderVersion")
+    version = status.get("renderVersion") or 0
     is_held = (
         (cr["spec"].get("updatePolicy") or "OnSpecChange") == "OnSpecChange"
         and status.get("observedGeneration") is not None
@@ -74,12 +74,12 @@ def pinned(cr: Mapping[str, Any], settings: RenderSettings) -> Pinned:
 def render_pipeline(
     cr: Mapping[str, Any],
     settings: RenderSettings,
-    kinds: frozenset[str] = frozenset(),
+    kinds: frozenset[str] = OPTIONAL_KINDS,
     addresses: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """All children of a VisionPipeline, in the order to be applied.
 
-    kinds       kinds of other projects that the cluster serves
+    kinds       kinds of other projects that the cluster serves; children of others are left out
     addresses   `status.address.url` of InferenceServices by name, where it is known; else KServe's usual one
     Raises RenderError when the spec cannot be what it asks for; pydantic's ValidationError when it is not one.
     """
@@ -90,7 +90,7 @@ def render_pipeline(
 def render_batch(
     cr: Mapping[str, Any], pipeline_cr: Mapping[str, Any], plan: Mapping[str, Any] | None, settings: RenderSettings
 ) -> dict[str, dict[str, Any]]:
-    """The children of a VisionBatch by name, in the order to be applied: `configuration`, `policy`, `plan`, …
+    """The children of a VisionBatch in the order to be applied: `configuration`, `policy`, `plan`, `run`, `finish`.
 
     plan   what the plan Job found, with at least `shards`; None: not known yet, so neither `run` nor `finish`.
            `run` is missing without shards, and both with dryRun.

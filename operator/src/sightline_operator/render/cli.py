@@ -48,12 +48,14 @@ def render_documents(
     *,
     namespace: str | None = None,
     plan: Mapping[str, Any] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """All children of all objects, in the order to be applied, and notes about documents that were passed over.
 
     files      text by name
     namespace  of objects that name none
     plan       of the VisionBatches: what their plan Job found; without it only that Job is known
+    beside     files whose VisionPipelines are looked at for VisionBatches, and not rendered
     Raises InvalidInput.
     """
     documents = [document for name, text in files.items() for document in _documents(name, text)]
@@ -64,7 +66,10 @@ def render_documents(
         raise InvalidInput("\n".join(faults))
     if not ours:
         raise InvalidInput(f"{', '.join(files)}: no VisionPipeline and no VisionBatch in there")
-    pipelines = {(d.body["metadata"].get("namespace"), d.name): d.body for d in ours if d.kind == "VisionPipeline"}
+    others = [_placed(d, namespace) for name, text in (beside or {}).items() for d in _documents(name, text)]
+    pipelines = {
+        (d.body["metadata"].get("namespace"), d.name): d.body for d in [*others, *ours] if d.kind == "VisionPipeline"
+    }
     answer: list[dict[str, Any]] = []
     for document in ours:
         try:
@@ -74,10 +79,28 @@ def render_documents(
     return answer, notes
 
 
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, lists indented, nothing by reference: it is there to be read."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def as_yaml(manifests: Iterable[Mapping[str, Any]]) -> str:
-    """One document each, keys in the order they were rendered in."""
+    """One document each, keys in the order they were rendered in. Exactly what the operator applies."""
     return "".join(
-        "---\n" + yaml.dump(json.loads(json.dumps(manifest)), sort_keys=False, allow_unicode=True, width=120)
+        "---\n" + yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
         for manifest in manifests
     )
 
@@ -168,7 +191,7 @@ def _unknown(model: type[Object], given: Mapping[str, Any], path: str) -> Iterat
                     yield from _unknown(inner, cast("Mapping[str, Any]", item), f"{path}.{name}[{index}]")
 
 
-def _object_in(annotation: Any) -> type[Object] | None:
+def _object_in(annotation: object) -> type[Object] | None:
     """The Object of `X`, `X | None`, `tuple[X, ...]` and `Annotated[X, …]`; None of everything else."""
     if isinstance(annotation, type):
         return annotation if issubclass(annotation, Object) else None
@@ -202,18 +225,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Print everything that the operator would apply for the VisionPipelines and VisionBatches of the "
-        "files, for people who want no operator: `sightline render -f pipeline.yaml | kubectl apply --server-side -f -`.",
+        "files: `sightline render -f pipeline.yaml | kubectl apply --server-side -f -` needs no operator.",
     )
     parser.add_argument("-f", "--file", action="append", required=True, help="YAML file; - is stdin; may be repeated")
     parser.add_argument("-n", "--namespace", help="of objects that name none")
-    parser.add_argument("--image", action="append", default=[], metavar="NAME=IMAGE", help="such as describe=my/image:1")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="NAME=IMAGE", help="such as describe=my/image:1"
+    )
     parser.add_argument(
         "--deployment-mode",
         default=RenderSettings().deployment_mode,
         choices=["Standard", "RawDeployment", "Knative", "Serverless"],
         help="of the cluster's KServe",
     )
-    parser.add_argument("--plan", metavar="FILE", help="JSON that a VisionBatch's plan Job left: its run and finish too")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="JSON that a VisionBatch's plan Job left: its run and finish too"
+    )
     parser.add_argument(
         "--without", action="append", choices=sorted(OPTIONAL_KINDS), help="a kind that the cluster does not serve"
     )

@@ -29,10 +29,8 @@ def render_pipeline(
     children: list[Manifest | None] = [
         *_service_accounts(frame, spec, steps),
         configuration,
-        *_models(frame, spec, steps),
-        gateway.deployment(
-            frame, spec, steps, configuration["metadata"]["name"], load_seconds=_load_seconds(spec)
-        ),
+        *(_models(frame, spec, steps) if "InferenceService" in kinds else ()),
+        gateway.deployment(frame, spec, steps, configuration["metadata"]["name"], load_seconds=_load_seconds(spec)),
         gateway.service(frame, spec),
         gateway.disruption_budget(frame),
         *(network.policies(frame, spec, steps) if spec.network_policy == "Managed" else ()),

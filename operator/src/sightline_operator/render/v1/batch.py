@@ -9,7 +9,7 @@ from typing import Any
 
 from sightline_operator.api import Batch, Pipeline, seconds
 from sightline_operator.api.types import S3Location
-from sightline_operator.decide.contract import Exit
+from sightline_operator.contract import Exit
 from sightline_operator.render.errors import RenderError
 from sightline_operator.render.merge import MergeError, merged
 from sightline_operator.render.names import child_name, digest, without_empty

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -99,7 +99,7 @@ def sealed(manifest: Mapping[str, Any]) -> Manifest:
     KServe copies an InferenceService's annotations into its pods. So theirs must not change unless new pods are
     wanted: no render version there, and the fingerprint leaves out owner and scale. `is_applied` looks at those.
     """
-    answer = cast("Manifest", copy.deepcopy(dict(manifest)))
+    answer: Manifest = json.loads(json.dumps(manifest))  # plain JSON, no part of it shared
     annotations = cast("dict[str, str]", answer["metadata"].setdefault("annotations", {}))
     if answer["kind"] != "InferenceService":
         annotations[RENDERED_BY] = str(VERSION)
@@ -110,7 +110,7 @@ def sealed(manifest: Mapping[str, Any]) -> Manifest:
 def is_applied(manifest: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
     """Whether the live object is what applying this manifest made, as far as fingerprints tell.
 
-    Fields that somebody changed afterwards do not show here; the live object's generation tells those.
+    Fields that somebody changed afterwards do not show here; the live object's managedFields tell those.
     """
     told = (live["metadata"].get("annotations") or {}).get(HASH)
     if told != manifest["metadata"]["annotations"][HASH]:

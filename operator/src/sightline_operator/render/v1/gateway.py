@@ -172,7 +172,10 @@ def _pod(frame: Frame, spec: Pipeline, steps: Sequence[Place], config_map: str) 
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [mount(TMP), mount(STATE), *mounts],
         # It serves before the caption step has loaded, and is ready when that is: only readiness waits.
-        **(probes(MODEL, 60) | {"startupProbe": http_get("/v2/health/live") | {"periodSeconds": 2, "failureThreshold": 30}}),
+        **(
+            probes(MODEL, 60)
+            | {"startupProbe": http_get("/v2/health/live") | {"periodSeconds": 2, "failureThreshold": 30}}
+        ),
     }
     spread = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
     return {

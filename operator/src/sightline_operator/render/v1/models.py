@@ -62,9 +62,7 @@ def inference_service(
         raise RenderError(f"{path}.podTemplateOverrides", str(error)) from error
     pod = without_empty({name: template["metadata"].get(name) for name in ("labels", "annotations")})
     assert place.served is not None  # noqa: S101 - an owned step is served
-    metadata = frame.metadata(
-        place.served, labels | {"networking.kserve.io/visibility": "cluster-local"}, annotations
-    )
+    metadata = frame.metadata(place.served, labels | {"networking.kserve.io/visibility": "cluster-local"}, annotations)
     if is_orphan:
         metadata.pop("ownerReferences", None)
     return {
