@@ -99,6 +99,12 @@ class Runtime(Object):
         default="V2",
         description="What the runtime speaks: V2 as Sightline's predictors do, or OpenAI (vLLM, huggingfaceserver).",
     )
+    path: str = Field(
+        default="",
+        max_length=256,
+        pattern=r"^(/[-A-Za-z0-9._~]+)*$",
+        description="What stands before /v1 in its OpenAI routes, such as `/openai` of KServe's huggingfaceserver.",
+    )
     served_model: str | None = Field(
         default=None,
         min_length=1,
@@ -244,6 +250,12 @@ class InferenceServiceRef(Reference):
     protocol: Literal["V2", "OpenAI"] = Field(
         default="V2",
         description="What it speaks: V2 as Sightline's predictors do, or OpenAI (vLLM, huggingfaceserver).",
+    )
+    path: str = Field(
+        default="",
+        max_length=256,
+        pattern=r"^(/[-A-Za-z0-9._~]+)*$",
+        description="What stands before /v1 in its OpenAI routes, such as `/openai` of KServe's huggingfaceserver.",
     )
 
 
@@ -746,6 +758,9 @@ class PipelineStatus(Object):
     )
     render_version: int | None = Field(
         default=None, ge=0, description="Version of the rules by which the children were rendered."
+    )
+    images: dict[str, Image] = Field(
+        default={}, max_length=16, description="Images that they were rendered with, by predictor; kept like the version."
     )
     steps: tuple[StepStatus, ...] = Field(
         default=(), max_length=2, description="The steps.", json_schema_extra=keyed_by("name")

@@ -189,7 +189,7 @@ class Resources(Object):
 class Generation(Object):
     """How tokens are chosen. What is not set is left to the predictor."""
 
-    max_tokens: int | None = Field(default=None, ge=1, le=131_072, description="New tokens at most.")
+    max_tokens: int | None = Field(default=None, ge=1, le=4096, description="New tokens at most.")
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy, and the same on every run.")
     top_p: float | None = Field(
         default=None, gt=0, le=1, description="Choose among the likeliest tokens whose probabilities sum up to this."

@@ -90,7 +90,7 @@ def _owned(
     return Place(
         step=name,
         spec=step,
-        url=addresses.get(served) or predictor_url(frame, served),
+        url=(addresses.get(served) or predictor_url(frame, served)) + service.runtime.path,
         model=service.runtime.served_model or (served if has_runtime else PREDICTORS[name]),
         protocol="openai" if service.runtime.protocol == "OpenAI" else "v2",
         served=served,
@@ -108,7 +108,7 @@ def _referenced(
     return Place(
         step=name,
         spec=step,
-        url=addresses.get(reference.name) or predictor_url(frame, reference.name),
+        url=(addresses.get(reference.name) or predictor_url(frame, reference.name)) + reference.path,
         model=reference.model or reference.name,
         protocol="openai" if reference.protocol == "OpenAI" else "v2",
         served=reference.name,
