@@ -52,7 +52,7 @@ def _go_on(view: BatchView, settings: RenderSettings) -> Decision:
 
 
 def _invalid(cr: Manifest, world: World, message: str) -> Decision:
-    """The batch or its pipeline passed the API server and can't be rendered: nothing is touched, the condition says why."""
+    """It, or its pipeline, passed the API server and can't be rendered: nothing is touched, the condition says why."""
     previous: Mapping[str, Any] = cr.get("status") or {}
     generation = cr["metadata"].get("generation", 0)
     before = previous.get("conditions") or ()

@@ -94,7 +94,7 @@ class JobView:
 
 
 def pods_of(job: Manifest, pods: Iterable[Manifest]) -> tuple[Manifest, ...]:
-    """The pods of a Job, by the label that its controller gives them; of this Job, not of an earlier one of its name."""
+    """The pods of this Job, and not those of an earlier one of its name."""
     uid = job["metadata"].get("uid")
     return tuple(pod for pod in pods if any(o.get("uid") == uid for o in pod["metadata"].get("ownerReferences", ())))
 
