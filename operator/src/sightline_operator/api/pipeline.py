@@ -92,7 +92,7 @@ class Runtime(Object):
     model_format: str = Field(
         default="huggingface",
         max_length=64,
-        pattern=r"^[-a-z0-9.]+$",
+        pattern=r"^[-A-Za-z0-9._]+$",
         description="Model format that the runtime is asked for, with `name`.",
     )
     protocol: Literal["V2", "OpenAI"] = Field(
