@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ OURS = (PIPELINES, BATCHES)
 BY_KIND = {resource.kind: resource for resource in (*OURS, *CHILDREN, PODS[0], *OPTIONAL, LEASES)}
 
 
-def resource_of(manifest: Any) -> Resource:
+def resource_of(manifest: Mapping[str, Any]) -> Resource:
     """The row of an object's kind, in the object's own version.
 
     Raises KeyError: a kind that is not in the table, which is our bug.
@@ -86,6 +87,6 @@ def resource_of(manifest: Any) -> Resource:
     return row if version == row.versions[0] else Resource(row.kind, row.group, (version,), row.plural, row.selector)
 
 
-def is_owned_entry(entry: Any) -> bool:
+def is_owned_entry(entry: Mapping[str, Any]) -> bool:
     """Whether a managedFields entry is that of our server-side apply to the object itself."""
     return entry.get("manager") == FIELD_MANAGER and entry.get("operation") == "Apply" and not entry.get("subresource")

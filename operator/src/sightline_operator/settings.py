@@ -38,7 +38,10 @@ class OperatorSettings:
     """Of the process.
 
     namespaces    empty: all
-    repair_seconds  how often every object is looked at again when nothing happens, ± 20 %
+    repair_seconds         how often every kind is listed again, so that a lost event is made good, ± 20 %
+    resync_seconds         how often every object is looked at again when nothing happens, ± 20 %
+    repair_window_seconds  a field of one child that somebody else keeps changing is put back once in so long
+    gateway_url            where a pipeline's gateway is reached by the operator
     """
 
     render: RenderSettings = field(default_factory=RenderSettings)
@@ -49,4 +52,7 @@ class OperatorSettings:
     metrics_port: int = 9090
     workers: int = 8
     repair_seconds: float = 300.0
+    resync_seconds: float = 1800.0
+    repair_window_seconds: float = 60.0
+    gateway_url: str = "http://{service}.{namespace}.{domain}:{port}"
     is_dry_run: bool = False

@@ -146,7 +146,8 @@ class KubernetesClient:
         api_version = f"{resource.group}/{version or resource.versions[0]}".lstrip("/")
         while True:
             page = await self._call("GET", resource.path(namespace, version=version), query=query)
-            assert page is not None
+            if page is None:
+                raise ApiError(404, "NotFound", resource.plural)
             # Items of a list of built-in kinds come without their kind.
             items += [{"apiVersion": api_version, "kind": resource.kind} | item for item in page.get("items") or []]
             token = page["metadata"].get("continue")
@@ -235,7 +236,8 @@ class KubernetesClient:
         name = "" if method == "POST" else str(metadata["name"])
         path = resource_of(manifest).path(metadata.get("namespace"), name, subresource)
         answer = await self._call(method, path, query=query, body=manifest, content_type=content_type)
-        assert answer is not None
+        if answer is None:
+            raise ApiError(404, "NotFound", path)
         return answer
 
     @staticmethod
@@ -244,7 +246,7 @@ class KubernetesClient:
         return {name: value for name, value in pairs.items() if value}
 
     @staticmethod
-    def _event(event: Any) -> tuple[str, Object]:
+    def _event(event: Mapping[str, Any]) -> tuple[str, Object]:
         if event["type"] == "ERROR":
             status = event["object"]
             kind = Gone if status.get("code") == 410 else ApiError

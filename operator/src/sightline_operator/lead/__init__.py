@@ -1,0 +1,5 @@
+"""Which of several operator processes acts."""
+
+from sightline_operator.lead.lease import Leader, LeaseLost
+
+__all__ = ["Leader", "LeaseLost"]
