@@ -110,7 +110,7 @@ def _status(view: PipelineView, batches: BatchesReport, by: Pinned) -> dict[str,
     steps = {name: step_report(view, name) for name in _STEPS}
     found = accepted(view, tuple(steps.values()), batches.faults)
     front = gateway_ready(view, gateway)
-    less = degraded(view, gateway, steps)
+    less = degraded(view, gateway, front, steps)
     summary = ready(view, found, front, less, steps)
     conditions = [found, *(step.condition for step in steps.values()), front, less, summary]
     fields: dict[str, Any] = {
@@ -170,8 +170,9 @@ def _notes(view: PipelineView, status: Mapping[str, Any], updates: Sequence[Appl
             notes.append(Note("Normal", "Updated", "Apply", f"{key[0]} {key[1]}"))
     before, after = view.previous.get("conditions") or (), status["conditions"]
     notes.extend(_turn(before, after, "Degraded", "True", "Warning", "Degraded"))
-    if find(before, "Degraded").get("status") == "True":
-        notes.extend(_turn(before, after, "Degraded", "False", "Normal", "Recovered"))
+    was = find(before, "Degraded")
+    if was.get("status") == "True" and find(after, "Degraded")["status"] == "False":
+        notes.append(Note("Normal", "Recovered", "Observe", f"no longer: {was['message']}"))
     notes.extend(_turn(before, after, "Ready", "True", "Normal", "Ready"))
     if find(before, "Ready").get("status") == "True":
         notes.extend(_turn(before, after, "Ready", "False", "Warning", "NotReady"))

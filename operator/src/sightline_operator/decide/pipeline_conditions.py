@@ -47,10 +47,10 @@ def gateway_ready(view: PipelineView, gateway: Workload) -> Condition:
     return Condition(kind, "False", "Deploying", gateway.message or "the gateway's pods are being replaced")
 
 
-def degraded(view: PipelineView, gateway: Workload, steps: Mapping[str, StepReport]) -> Condition:
-    """Whether it does less than the spec asks for while it serves."""
-    enhance = steps["enhance"]
-    if view.spec.suspend:
+def degraded(view: PipelineView, gateway: Workload, front: Condition, steps: Mapping[str, StepReport]) -> Condition:
+    """Whether it does less than the spec asks for while it serves. What does not serve is not degraded but not ready."""
+    caption, enhance = steps["caption"], steps["enhance"]
+    if view.spec.suspend or not caption.is_ready or not front.is_true:
         return Condition("Degraded", "False", "None", "")
     if enhance.row is not None and not enhance.is_ready:
         message = f"captions are not enhanced: {enhance.condition.message}"

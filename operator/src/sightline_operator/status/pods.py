@@ -24,15 +24,15 @@ _GPU = re.compile(r"Insufficient \S*(?:gpu|mig-|gaudi|tpu|neuron)\S*", re.IGNORE
 class Fault(IntEnum):
     """What keeps a pod from being ready, the most telling first."""
 
-    SECRET_NOT_FOUND = 0
-    SECRET_KEY_MISSING = 1
-    INVALID_REFERENCE = 2
-    IMAGE_PULL = 3
-    CRASHING = 4
-    NO_GPU = 5
-    UNSCHEDULABLE = 6
-    EVICTED = 7
-    STARTING = 8
+    SECRET_NOT_FOUND = 1
+    SECRET_KEY_MISSING = 2
+    INVALID_REFERENCE = 3
+    IMAGE_PULL = 4
+    CRASHING = 5
+    NO_GPU = 6
+    UNSCHEDULABLE = 7
+    EVICTED = 8
+    STARTING = 9
 
 
 REFERENCE_FAULTS = {
@@ -159,7 +159,7 @@ def _last_words(container: Mapping[str, Any]) -> str:
 def _starting(status: Mapping[str, Any]) -> str:
     if not is_true(status.get("conditions"), "PodScheduled"):
         return "waiting for the scheduler"
-    running = [c for c in status.get("containerStatuses", ()) if c.get("state", {}).get("running")]
+    running = [c for c in status.get("containerStatuses", ()) if "running" in c.get("state", {})]
     return "started, not ready yet" if running else "the pod is starting"
 
 
