@@ -205,7 +205,7 @@ class Cluster:
         new = [pod for pod in pods if pod["metadata"]["name"].endswith(mark)]
         old = [pod for pod in pods if pod not in new]
         for pod in old:
-            if len(new) >= wanted and all(is_true(p, "Ready") for p in new) or not wanted or self.gpus < 1:
+            if (len(new) >= wanted and all(is_true(p, "Ready") for p in new)) or not wanted or self.gpus < 1:
                 self._remove_pod(pod)
                 return True
         for index in range(wanted):
@@ -473,7 +473,7 @@ class Operator:
         self.writes += 1
         self.cluster.writes += 1
 
-    def keys(self) -> list[Key]:
+    def mine(self) -> list[Key]:
         return [key for key in sorted(self.seen) if key[0] in ("VisionPipeline", "VisionBatch")]
 
 
@@ -483,7 +483,7 @@ def settle(operator: Operator, *, rounds: int = 400) -> None:
     for _ in range(rounds):
         cluster.settle_controllers()
         operator.relist()
-        if not any([operator.reconcile(key) for key in operator.keys()]):
+        if not any([operator.reconcile(key) for key in operator.mine()]):
             return
     raise AssertionError("it does not come to rest")
 

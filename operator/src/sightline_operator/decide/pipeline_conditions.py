@@ -48,7 +48,7 @@ def gateway_ready(view: PipelineView, gateway: Workload) -> Condition:
 
 
 def degraded(view: PipelineView, gateway: Workload, front: Condition, steps: Mapping[str, StepReport]) -> Condition:
-    """Whether it does less than the spec asks for while it serves. What does not serve is not degraded but not ready."""
+    """Whether it does less than the spec asks for while it serves. What does not serve is not ready instead."""
     caption, enhance = steps["caption"], steps["enhance"]
     if view.spec.suspend or not caption.is_ready or not front.is_true:
         return Condition("Degraded", "False", "None", "")
