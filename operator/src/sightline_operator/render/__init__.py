@@ -110,7 +110,7 @@ def revision(cr: Mapping[str, Any]) -> str:
     Fields are named one by one: a field that a later version adds must not change the revision of running batches.
     """
     spec = Pipeline.model_validate(cr["spec"])
-    decides: dict[str, Any] = {"enhance": spec.enhances, "onFailure": spec.enhance_policy.on_failure}
+    decides: dict[str, Any] = {"policy": [spec.enhances, spec.enhance_policy.on_failure]}
     for name, step in spec.steps.items():
         said = step.model_dump(by_alias=True, exclude_none=True, include={"generation", "prompt"})
         if (owned := step.inference_service) is not None:

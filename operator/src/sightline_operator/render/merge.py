@@ -26,12 +26,18 @@ _EXCLUSIVE = {"volumes", "env"}
 
 
 class MergeError(ValueError):
-    """The overlay is not of the shape that it is laid over. The message begins with the field's path."""
+    """The overlay is not of the shape that it is laid over."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+        self.message = message
 
 
-def merged(base: Mapping[str, Any], overlay: Mapping[str, Any], path: str = "podTemplateOverrides") -> dict[str, Any]:
+def merged(base: Mapping[str, Any], overlay: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A new object: `overlay` over `base`. A null removes a field; `$patch: delete` or `replace` does so in lists.
 
+    path   of the overlay, for what is said about it
     Raises MergeError when the overlay has a list where the base has an object, and the like.
     """
     answer = dict(base)
@@ -42,7 +48,7 @@ def merged(base: Mapping[str, Any], overlay: Mapping[str, Any], path: str = "pod
         if name == "$patch":
             continue
         if name.startswith("$"):
-            raise MergeError(f"{where}: this directive is not supported; $patch: delete and $patch: replace are")
+            raise MergeError(where, "this directive is not supported; $patch: delete and $patch: replace are")
         if value is None:
             answer.pop(name, None)
         else:
@@ -52,17 +58,19 @@ def merged(base: Mapping[str, Any], overlay: Mapping[str, Any], path: str = "pod
 
 def _value(name: str, old: object, new: object, path: str) -> object:
     if isinstance(new, Mapping):
+        if isinstance(old, list) or name in MERGE_KEYS:
+            raise MergeError(path, "must be a list")
         if old is not None and not isinstance(old, Mapping):
-            raise MergeError(f"{path}: must not be an object")
+            raise MergeError(path, "must not be an object")
         return merged(cast("Mapping[str, Any]", old or {}), cast("Mapping[str, Any]", new), path)
     if isinstance(old, Mapping):
-        raise MergeError(f"{path}: must be an object")
+        raise MergeError(path, "must be an object")
     if name not in MERGE_KEYS:
         if isinstance(old, list) and not isinstance(new, list):
-            raise MergeError(f"{path}: must be a list")
+            raise MergeError(path, "must be a list")
         return new
     if not isinstance(new, list):
-        raise MergeError(f"{path}: must be a list")
+        raise MergeError(path, "must be a list")
     return _items(name, cast("Sequence[Mapping[str, Any]]", old or []), cast("list[object]", new), path)
 
 
@@ -71,14 +79,14 @@ def _items(name: str, old: Sequence[Mapping[str, Any]], new: Sequence[object], p
     for index, item in enumerate(new):
         where = f"{path}[{index}]"
         if not isinstance(item, Mapping):
-            raise MergeError(f"{where}: must be an object")
+            raise MergeError(where, "must be an object")
         overlay = cast("Mapping[str, Any]", item)
         if "$patch" in overlay and not overlay.keys() & set(MERGE_KEYS[name]):
             if overlay["$patch"] == "replace":
                 answer.clear()
             continue
         if MERGE_KEYS[name][0] not in overlay:
-            raise MergeError(f"{where}: {MERGE_KEYS[name][0]} is missing; items are matched by it")
+            raise MergeError(where, f"{MERGE_KEYS[name][0]} is missing; items are matched by it")
         key = _identity(name, overlay)
         if overlay.get("$patch") == "delete":
             answer.pop(key, None)

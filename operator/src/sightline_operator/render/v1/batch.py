@@ -204,9 +204,9 @@ def _template(frame: Frame, spec: Batch, pipeline: Pipeline, verb: str) -> Manif
     )
     base = {"metadata": {"labels": frame.labels(WORKER)}, "spec": pod | {"automountServiceAccountToken": False}}
     try:
-        template = merged(base, spec.pod_template_overrides or {})
+        template = merged(base, spec.pod_template_overrides or {}, "spec.podTemplateOverrides")
     except MergeError as error:
-        raise RenderError("spec.podTemplateOverrides", str(error)) from error
+        raise RenderError(error.path, error.message) from error
     template["metadata"]["labels"] |= frame.labels(WORKER)
     return template
 

@@ -133,9 +133,9 @@ def deployment(
     gateway = spec.gateway
     base = {"metadata": {"labels": frame.labels(COMPONENT)}, "spec": _pod(frame, spec, steps, config_map)}
     try:
-        template = merged(base, gateway.pod_template_overrides or {})
+        template = merged(base, gateway.pod_template_overrides or {}, "spec.gateway.podTemplateOverrides")
     except MergeError as error:
-        raise RenderError("spec.gateway.podTemplateOverrides", str(error)) from error
+        raise RenderError(error.path, error.message) from error
     template["metadata"]["labels"] |= frame.selector(COMPONENT)  # what selects the pods is not theirs to choose
     replicas = {"replicas": 0 if spec.suspend else gateway.replicas}
     is_scaled_by_others = gateway.autoscaling is not None and not spec.suspend

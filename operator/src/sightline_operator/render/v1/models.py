@@ -57,9 +57,11 @@ def inference_service(
         annotations[STOP] = "true"
     body = _runtime(service) if service.runtime.name else _predictor(frame, place, service, limits)
     try:
-        template = merged({"metadata": {}, "spec": body}, service.pod_template_overrides or {})
+        template = merged(
+            {"metadata": {}, "spec": body}, service.pod_template_overrides or {}, f"{path}.podTemplateOverrides"
+        )
     except MergeError as error:
-        raise RenderError(f"{path}.podTemplateOverrides", str(error)) from error
+        raise RenderError(error.path, error.message) from error
     pod = without_empty({name: template["metadata"].get(name) for name in ("labels", "annotations")})
     assert place.served is not None  # noqa: S101 - an owned step is served
     metadata = frame.metadata(place.served, labels | {"networking.kserve.io/visibility": "cluster-local"}, annotations)
@@ -166,8 +168,10 @@ def _environment(place: Place, service: InferenceService, limits: Limits) -> lis
 
 
 def _resources(service: InferenceService) -> dict[str, Any]:
+    """With a limit of CPU too: KServe fills in a missing one with 1, and a request of 4 would be refused."""
     is_demo = service.model.name is None and service.model.uri is None
     resources = resources_of(service.resources, cpu="1" if is_demo else "4", memory="2Gi" if is_demo else "16Gi")
+    resources["limits"].setdefault("cpu", resources["requests"]["cpu"])
     if service.gpu.count:
         for kind in ("requests", "limits"):
             resources[kind][service.gpu.resource_name] = str(service.gpu.count)

@@ -114,14 +114,10 @@ def drain(longest_seconds: float) -> tuple[dict[str, Any], int]:
 
 
 def resources_of(given: Resources, **default: str) -> dict[str, Any]:
-    """What was asked for, requests and limits of CPU and memory always among it.
-
-    KServe fills in what is missing with 1 CPU and 2Gi, as limits too: a request of 4 CPUs alone would be refused, and
-    a model killed. Of what was given only one of the two, the other is the same.
-    """
+    """What was asked for, or the default; memory always with a limit. Of CPU, one may use what nobody else does."""
     requests = {name: str(amount) for name, amount in given.requests.items()}
     limits = {name: str(amount) for name, amount in given.limits.items()}
     for name, amount in default.items():
         requests.setdefault(name, limits.get(name, amount))
-        limits.setdefault(name, requests[name])
+    limits.setdefault("memory", requests["memory"])
     return {"requests": requests, "limits": limits}
