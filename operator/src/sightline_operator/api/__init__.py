@@ -3,6 +3,7 @@
 from .batch import Batch, BatchStatus, BatchTemplate, BatchWork
 from .definitions import crds, write_crds
 from .pipeline import BATCH_NAME_LENGTH, NAME_LENGTH, Pipeline, PipelineStatus
+from .reference import json_schemas, reference, write_reference
 from .schema import structural
 from .types import Condition, Generation, Object, Resources, S3Location, SecretKeyRef, SecretRef, seconds
 
@@ -23,7 +24,10 @@ __all__ = [
     "SecretKeyRef",
     "SecretRef",
     "crds",
+    "json_schemas",
+    "reference",
     "seconds",
     "structural",
     "write_crds",
+    "write_reference",
 ]

@@ -86,7 +86,7 @@ class RetryOf(Object):
 
 
 class Input(Object):
-    """Which images."""
+    """Where the items of a batch come from."""
 
     rules = (
         Rule(
@@ -101,7 +101,7 @@ class Input(Object):
 
 
 class Output(Object):
-    """Where results go."""
+    """Where a batch writes, and what it does with that in the end."""
 
     s3: S3Location = Field(description="Bucket and prefix; the plan, the parts and the results lie below it.")
     merge: Literal["Auto", "Never", "Always"] = Field(
@@ -138,7 +138,7 @@ class MaxFailedItems(Object):
     """How many items may fail before the batch stops early."""
 
     rules = (Rule(exactly_one("count", "percent"), "maxFailedItems: exactly one of count and percent must be set"),)
-    count: int | None = Field(default=None, ge=0, le=MAX_ITEMS, description="Items.")
+    count: int | None = Field(default=None, ge=0, le=MAX_ITEMS, description="This many items.")
     percent: int | None = Field(default=None, ge=0, le=100, description="Per cent of all items.")
 
 
@@ -209,8 +209,8 @@ class BatchWork(Object):
 class TemplateMetadata(Object):
     """Labels and annotations of the VisionBatches that are made."""
 
-    labels: dict[str, LabelValue] = Field(default={}, max_length=32, description="Labels.")
-    annotations: dict[str, AnnotationValue] = Field(default={}, max_length=32, description="Annotations.")
+    labels: dict[str, LabelValue] = Field(default={}, max_length=32, description="Labels that it gets.")
+    annotations: dict[str, AnnotationValue] = Field(default={}, max_length=32, description="Annotations that it gets.")
 
 
 class BatchTemplate(Object):
@@ -290,8 +290,8 @@ class Progress(Object):
 class Shards(Object):
     """The shards, which are the indexes of the Job."""
 
-    total: int | None = Field(default=None, ge=0, le=MAX_SHARDS, description="Of the plan.")
-    completed: int | None = Field(default=None, ge=0, description="Done.")
+    total: int | None = Field(default=None, ge=0, le=MAX_SHARDS, description="Shards of the plan.")
+    completed: int | None = Field(default=None, ge=0, description="Shards that are done.")
     active: int | None = Field(default=None, ge=0, description="With a worker now.")
     failed: int | None = Field(default=None, ge=0, description="Given up.")
 
@@ -329,7 +329,7 @@ class FailureCount(Object):
 
     step: str = Field(max_length=32, description="Step that failed: fetch, decode, caption, enhance or write.")
     code: str = Field(max_length=64, description="Code of the failure.")
-    count: int = Field(ge=0, description="Items.")
+    count: int = Field(ge=0, description="This many items.")
     sample_custom_id: str | None = Field(default=None, max_length=512, description="One of them.")
 
 

@@ -701,7 +701,7 @@ class StepStatus(Object):
 class GatewayStatus(Object):
     """How the gateway is."""
 
-    replicas: int | None = Field(default=None, ge=0, description="Pods that are there.")
+    replicas: int | None = Field(default=None, ge=0, description="Pods that are there, ready or not.")
     ready_replicas: int | None = Field(default=None, ge=0, description="Pods that answer.")
     ready: str | None = Field(default=None, max_length=32, description="Ready pods of wanted ones, such as `1/2`.")
     selector: str | None = Field(default=None, max_length=1024, description="Selector of the pods, for autoscalers.")
@@ -726,7 +726,7 @@ class BatchSchedule(Object):
 class Drift(Object):
     """The last repair of something that somebody changed or deleted."""
 
-    time: Time = Field(default=None, description="When.")
+    time: Time = Field(default=None, description="When it was repaired.")
     object: str | None = Field(default=None, max_length=512, description="Kind and name.")
     fields: tuple[FieldPath, ...] = Field(
         default=(),
@@ -760,7 +760,9 @@ class PipelineStatus(Object):
         default=None, ge=0, description="Version of the rules by which the children were rendered."
     )
     images: dict[str, Image] = Field(
-        default={}, max_length=16, description="Images that they were rendered with, by predictor; kept like the version."
+        default={},
+        max_length=16,
+        description="Images that they were rendered with, by predictor; kept like the version.",
     )
     steps: tuple[StepStatus, ...] = Field(
         default=(), max_length=2, description="The steps.", json_schema_extra=keyed_by("name")

@@ -37,9 +37,14 @@ def _plain(default: object) -> object:
     return list(cast("tuple[object, ...]", default)) if isinstance(default, tuple) else default
 
 
+def described(model: type[Object]) -> Schema:
+    """The schema of a model with its parts by name below `$defs`, as they are written."""
+    return model.model_json_schema(by_alias=True, schema_generator=_Generator)
+
+
 def structural(model: type[Object]) -> Schema:
     """The structural schema of a model, as a CustomResourceDefinition holds it."""
-    whole = model.model_json_schema(by_alias=True, schema_generator=_Generator)
+    whole = described(model)
     return _inlined(whole, cast("Mapping[str, Schema]", whole.get("$defs", {})))
 
 
