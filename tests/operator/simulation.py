@@ -71,6 +71,7 @@ class Cluster:
     created: dict[Key, int] = field(default_factory=dict)
     secrets: set[str] = field(default_factory=set)
     gpus: int = 8
+    runtimes: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     slow: bool = False
@@ -249,7 +250,13 @@ class Cluster:
             name, metadata = thing["metadata"]["name"], thing["metadata"]
             is_stopped = metadata.get("annotations", {}).get("serving.kserve.io/stop") == "true"
             predictor = thing["spec"]["predictor"]
-            template = {"spec": {k: predictor[k] for k in ("containers", "volumes") if k in predictor}}
+            runtime = predictor.get("model", {}).get("runtime")
+            if runtime is not None and runtime not in self.runtimes:
+                if self._no_runtime(thing, runtime):
+                    return True
+                continue
+            given = predictor if runtime is None else {"containers": [{"name": "c", "image": f"{runtime}:1"}]}
+            template = {"spec": {k: given[k] for k in ("containers", "volumes") if k in given}}
             extra = {"labels": {ISVC_LABEL: name}, "annotations": metadata.get("annotations", {})}
             wanted = 0 if is_stopped else predictor.get("minReplicas", 1)
             if self._rolling(thing, wanted, template, extra):
@@ -265,6 +272,18 @@ class Cluster:
                 self.set_status(key_of(thing), status)
                 return True
         return False
+
+    def _no_runtime(self, thing: Object, runtime: str) -> bool:
+        message = f"Waiting for runtime {runtime} to become available"
+        info = {"reason": "RuntimeNotRecognized", "message": message}
+        status = {
+            "modelStatus": {"transitionStatus": "InvalidSpec", "lastFailureInfo": info},
+            "conditions": [condition("Ready", "False")],
+        }
+        if thing.get("status") == status:
+            return False
+        self.set_status(key_of(thing), status)
+        return True
 
     def kubelet(self) -> bool:
         for pod in self.of_kind("Pod"):
