@@ -292,8 +292,8 @@ class Shards(Object):
 
     total: int | None = Field(default=None, ge=0, le=MAX_SHARDS, description="Shards of the plan.")
     completed: int | None = Field(default=None, ge=0, description="Shards that are done.")
-    active: int | None = Field(default=None, ge=0, description="With a worker now.")
-    failed: int | None = Field(default=None, ge=0, description="Given up.")
+    active: int | None = Field(default=None, ge=0, description="Shards that a worker has now.")
+    failed: int | None = Field(default=None, ge=0, description="Shards that were given up.")
 
 
 class Throughput(Object):
@@ -371,7 +371,7 @@ class BatchStatus(Object):
     completion_time: Time = Field(default=None, description="When it ended, for better or worse.")
     expires_time: Time = Field(default=None, description="When it expires unless it is finished.")
     progress: Progress | None = Field(default=None, description="How far it is.")
-    shards: Shards | None = Field(default=None, description="The shards.")
+    shards: Shards | None = Field(default=None, description="How the shards are.")
     throughput: Throughput | None = Field(default=None, description="How fast it goes.")
     estimated_completion_time: Time = Field(
         default=None, description="When it will be done at this rate; unset: not known."

@@ -411,8 +411,10 @@ class EnhancePolicy(Object):
 class GatewayService(Object):
     """The Service before the gateway's pods."""
 
-    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(default="ClusterIP", description="Who can reach it.")
-    port: int = Field(default=80, ge=1, le=65_535, description="Its port.")
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
+        default="ClusterIP", description="Who can reach it: the cluster, its nodes' addresses, or a load balancer's."
+    )
+    port: int = Field(default=80, ge=1, le=65_535, description="Port of the Service; that of the pods is always 8080.")
     annotations: dict[str, AnnotationValue] = Field(
         default={}, max_length=32, description="Annotations, such as those that a cloud's load balancer reads."
     )
@@ -681,7 +683,7 @@ class Pipeline(Object):
 class StepStatus(Object):
     """How a step is."""
 
-    name: Literal["caption", "enhance"] = Field(description="Which step.")
+    name: Literal["caption", "enhance"] = Field(description="Which step it is.")
     source: Literal["InferenceService", "InferenceServiceRef", "Endpoint"] | None = Field(
         default=None, description="Where its model is."
     )
@@ -689,7 +691,9 @@ class StepStatus(Object):
         default=None, max_length=253, description="Its InferenceService, if it has one."
     )
     url: str | None = Field(default=None, max_length=1024, description="Where the gateway calls it.")
-    model: str | None = Field(default=None, max_length=1024, description="Its model.")
+    model: str | None = Field(
+        default=None, max_length=1024, description="Model that it runs, or asks for at an endpoint."
+    )
     model_revision: str | None = Field(
         default=None, max_length=256, description="Revision of the model, where it is known."
     )
@@ -765,9 +769,9 @@ class PipelineStatus(Object):
         description="Images that they were rendered with, by predictor; kept like the version.",
     )
     steps: tuple[StepStatus, ...] = Field(
-        default=(), max_length=2, description="The steps.", json_schema_extra=keyed_by("name")
+        default=(), max_length=2, description="How each step is.", json_schema_extra=keyed_by("name")
     )
-    gateway: GatewayStatus | None = Field(default=None, description="The gateway.")
+    gateway: GatewayStatus | None = Field(default=None, description="How the gateway is.")
     batches: PipelineBatches | None = Field(default=None, description="The batches that this pipeline serves.")
     schedules: tuple[BatchSchedule, ...] = Field(
         default=(),
