@@ -1,4 +1,4 @@
-"""Write what is made from the operator's source: manifests/crd, and manifests/rendered from manifests/samples."""
+"""Write what is made from the operator's source: manifests/crd, docs/operator, and what the samples render to."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "operator" / "src")]
 
-from sightline_operator.api import write_crds  # noqa: E402
+from sightline_operator.api import write_crds, write_reference  # noqa: E402
 from sightline_operator.render.cli import as_yaml, render_documents  # noqa: E402
 from sightline_operator.settings import RenderSettings  # noqa: E402
 
@@ -40,6 +40,7 @@ def main() -> None:
     for name, text in wanted.items():
         (folder / name).write_text(text)
     write_crds(ROOT / "manifests" / "crd")
+    write_reference(ROOT / "docs" / "operator")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,13 @@ from sightline_operator.api import (
     write_reference,
 )
 
+from tests.operator import simulation
 from tests.operator.objects import GONE, batch, changed, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = sorted((ROOT / "manifests" / "samples").glob("*.yaml"))
 MODELS = [Pipeline, PipelineStatus, Batch, BatchStatus]
+KINDS = {"VisionPipeline": Pipeline, "VisionBatch": Batch}
 Node = dict[str, Any]
 
 
@@ -194,7 +196,7 @@ def test_the_files_are_those_of_the_source(tmp_path: Path):
     for folder, paths in made.items():
         for path in paths:
             kept = folder / path.name
-            assert kept.read_text() == path.read_text(), f"{kept.relative_to(ROOT)}: python -m sightline_operator crds"
+            assert kept.read_text() == path.read_text(), f"{kept.relative_to(ROOT)}: make manifests"
 
 
 def test_definitions_are_read_back_as_they_are(tmp_path: Path):
@@ -246,11 +248,32 @@ def test_editors_mark_what_is_not(manifest: Node, words: str):
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
 def test_samples_are_valid_and_without_unknown_fields(path: Path):
-    models = {"VisionPipeline": Pipeline, "VisionBatch": Batch}
     for manifest in yaml.safe_load_all(path.read_text()):
-        if manifest and manifest["kind"] in models:
+        if manifest and manifest["kind"] in KINDS:
             assert refusals(manifest) == []
-            models[manifest["kind"]].model_validate(manifest["spec"], extra="forbid")
+            KINDS[manifest["kind"]].model_validate(manifest["spec"], extra="forbid")
+
+
+def test_every_status_that_is_decided_fits_the_schema():
+    """A field that the schema does not know would vanish without a word, and be written again for ever."""
+    operator = simulation.Operator(simulation.Cluster(failing=3))
+    once = {"name": "once", "template": {"spec": simulation.work()}}
+    nightly = {"name": "nightly", "schedule": "0 3 * * *", "template": {"spec": simulation.work()}}
+    operator.cluster.create(simulation.pipeline(batches=[once, nightly]))
+    for broken in ({"gpus": 0}, {"gpus": 8, "gateway_answers": False}, {"gateway_answers": True}, {"slow": True}):
+        for name, value in broken.items():
+            setattr(operator.cluster, name, value)
+        for _ in range(40):
+            operator.cluster.settle_controllers()
+            operator.relist()
+            for key in operator.mine():
+                operator.reconcile(key)
+            simulation.later(operator.cluster, minutes=17)
+    told = [thing for _, thing in operator.cluster.log if thing and "status" in thing and thing["kind"] in KINDS]
+    assert {thing["kind"] for thing in told} == set(KINDS)
+    assert {field for thing in told for field in thing["status"]} >= {"schedules", "steps", "progress", "jobs"}
+    for thing in told:
+        assert refusals({key: thing[key] for key in ("apiVersion", "kind", "metadata", "spec", "status")}) == []
 
 
 def test_the_source_costs_neither_kopf_nor_a_client():

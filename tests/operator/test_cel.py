@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
 from sightline_operator.api import Batch, Pipeline, crds
 
 from tests.operator.conftest import ApiServer
 from tests.operator.objects import GONE, batch, pipeline
+from tests.operator.specs import BATCHES, PIPELINES
 
 PLURALS = {"VisionPipeline": "visionpipelines", "VisionBatch": "visionbatches"}
 SAMPLES = Path(__file__).resolve().parents[2] / "manifests" / "samples"
@@ -535,6 +537,15 @@ def test_the_server_and_the_typed_source_fill_in_the_same(api: Api, manifest: di
     kind = Pipeline if manifest["kind"] == "VisionPipeline" else Batch
     filled = api.create(manifest, dry_run=True).json()["spec"]
     assert kind.model_validate(filled) == kind.model_validate(manifest["spec"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(manifest=PIPELINES | BATCHES)
+def test_whatever_is_drawn_is_accepted_and_filled_in_alike(api: Api, manifest: dict[str, Any]):
+    kind = Pipeline if manifest["kind"] == "VisionPipeline" else Batch
+    response = api.create(manifest, dry_run=True)
+    assert response.status_code == 201, response.text
+    assert kind.model_validate(response.json()["spec"]) == kind.model_validate(manifest["spec"])
 
 
 def test_defaults_appear(api: Api, namespace: str):

@@ -14,7 +14,7 @@ from .pipeline import BATCH_NAME_LENGTH, NAME_LENGTH, Pipeline, PipelineStatus
 from .schema import Schema, structural
 from .types import VALIDATIONS, Object, Rule
 
-_HEADER = "# Made by `python -m sightline_operator crds` from operator/src/sightline_operator/api; change it there.\n"
+_HEADER = "# Made by `make manifests` from operator/src/sightline_operator/api; change it there.\n"
 _DNS_1035 = "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')"
 
 

@@ -18,7 +18,7 @@ from .types import VALIDATIONS, Object
 _PAGE_INTRODUCTION = f"""\
 # VisionPipeline and VisionBatch
 
-Every field of the two kinds of `{API_VERSION}`. Made by `python -m sightline_operator crds` from
+Every field of the two kinds of `{API_VERSION}`. Made by `make manifests` from
 `operator/src/sightline_operator/api`; change it there. `kubectl explain vpipe.spec --recursive` tells the same.
 
 Rules are checked by the API server itself (CEL): an object that breaks one is refused with the sentence that stands
