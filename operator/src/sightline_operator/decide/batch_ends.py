@@ -96,12 +96,12 @@ def _of_run(run: JobView | None, view: BatchView) -> Ending | None:
     """Failed indexes alone do not end a batch: the finish Job counts what is missing."""
     if run is None or not run.is_failed or "finish" in view.jobs:
         return None
-    code, words = run.fatal()
+    words = run.fatal()[1]
     message = words.message or run.failure_message
+    if view.is_run_refused:
+        waits = view.is_pipeline_changed and view.spec.on_pipeline_change == "Pause"
+        return None if waits else _failed("PipelineChanged", message)
     if run.why_failed == "PodFailurePolicy":
-        if code == Exit.REVISION_MISMATCH:
-            waits = view.is_pipeline_changed and view.spec.on_pipeline_change == "Pause"
-            return None if waits else _failed("PipelineChanged", message)
         return _failed(words.reason if words.reason in RUN_FAULTS else "PlanCorrupt", message)
     return _failed("TooManyFailures", message) if run.why_failed in _GAVE_UP else None
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sightline_operator.contract import Exit
 from sightline_operator.decide.batch_ends import State
 from sightline_operator.decide.batch_view import BatchView
 from sightline_operator.decide.decision import Apply, Delete
@@ -111,7 +110,7 @@ def _switches(view: BatchView, held: Hold | None) -> Iterator[Apply | Delete]:
     run = view.jobs.get("run")
     if run is None or "finish" in view.jobs:
         return
-    if run.is_failed and run.fatal()[0] == Exit.REVISION_MISMATCH and view.is_pipeline_changed:
+    if view.is_run_refused:
         yield deletion(run.manifest)  # its name is needed again when the old revision is back
     if run.is_over:
         return

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sightline_operator.api import Batch
 from sightline_operator.api.types import seconds
-from sightline_operator.contract import Plan, Progress
+from sightline_operator.contract import Exit, Plan, Progress
 from sightline_operator.decide.jobs import JobView
 from sightline_operator.observe.world import Manifest, World
 from sightline_operator.render import revision
@@ -105,7 +105,13 @@ class BatchView:
     def is_run_over(self) -> bool:
         """Whether there is nothing more to run. A finish Job says so after its run Job is gone."""
         run = self.jobs.get("run")
-        return "finish" in self.jobs or bool(run and run.is_over)
+        return "finish" in self.jobs or bool(run and run.is_over and not self.is_run_refused)
+
+    @property
+    def is_run_refused(self) -> bool:
+        """Whether the run Job failed because the gateway answers with another revision than the plan's."""
+        run = self.jobs.get("run")
+        return bool(run and run.is_failed and run.fatal()[0] == Exit.REVISION_MISMATCH)
 
 
 def _jobs(cr: Manifest, world: World) -> dict[Part, JobView]:
