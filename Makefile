@@ -82,5 +82,6 @@ help: ## Show this
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+.venv/.dev: operator/pyproject.toml
 .venv/.demo .venv/.dev: .venv/.%: requirements/%.txt requirements/uv.txt predictors/pyproject.toml scripts/environment.py
 	@$(PYTHON) scripts/environment.py $*

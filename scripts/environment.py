@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 UV = VENV / "bin" / "uv"
+DISTRIBUTIONS = {"demo": ("predictors",), "dev": ("predictors", "operator")}
 STAMPS = {"demo": ("demo",), "dev": ("dev", "demo")}
 
 
@@ -34,13 +35,15 @@ def main() -> None:
     print(f"Installing the {lock} environment into .venv (some minutes the first time) …", flush=True)
     _uv("pip", "install", "--require-hashes", "-r", f"requirements/{lock}.txt")
     # The build backend is locked, too: no isolated build, which would fetch an unpinned one.
-    _uv("pip", "install", "--no-deps", "--no-build-isolation", "-e", "predictors")
+    for folder in DISTRIBUTIONS[lock]:
+        _uv("pip", "install", "--no-deps", "--no-build-isolation", "-e", folder)
     for stamp in STAMPS[lock]:
         (VENV / f".{stamp}").touch()
 
 
 def _is_fresh(stamp: Path, lock: str) -> bool:
-    inputs = [ROOT / f"requirements/{lock}.txt", ROOT / "predictors/pyproject.toml", Path(__file__)]
+    projects = [ROOT / folder / "pyproject.toml" for folder in DISTRIBUTIONS[lock]]
+    inputs = [ROOT / f"requirements/{lock}.txt", *projects, Path(__file__)]
     return all(stamp.stat().st_mtime >= path.stat().st_mtime for path in inputs)
 
 
