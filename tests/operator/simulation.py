@@ -460,30 +460,43 @@ class Operator:
         if decision is None or cr is None:
             return False
         before = self.writes
-        live = self.cluster.objects.get(key)
-        if live is None or live["metadata"]["uid"] != cr["metadata"]["uid"]:
-            return False  # the executor asks the API server before it creates or deletes: reading is cheap
-        if live["metadata"]["generation"] != cr["metadata"]["generation"]:
-            return False
         for action in decision.actions:
-            self._act(cr, action)
+            if not self._act(cr, action):
+                return self.writes > before
         self.notes.extend(decision.notes)
-        if decision.status != (cr.get("status") or {}) and key in self.cluster.objects:
+        if decision.status != (cr.get("status") or {}) and self._is_current(cr):
             self._write(lambda: self.cluster.set_status(key, decision.status))
         return self.writes > before
 
-    def _act(self, cr: Mapping[str, Any], action: Apply | Delete) -> None:
+    def _is_current(self, cr: Mapping[str, Any]) -> bool:
+        """Asked of the API server before anything is created, deleted or reported: what was decided on is still so."""
+        live = self.cluster.objects.get(key_of(cr))
+        return live is not None and live["metadata"]["resourceVersion"] == cr["metadata"]["resourceVersion"]
+
+    def _act(self, cr: Mapping[str, Any], action: Apply | Delete) -> bool:
+        """Whether to go on: not when the decision has turned out to be about something old."""
         if isinstance(action, Delete):
             key = action.kind, action.name
+            if not self._is_current(cr):
+                return False
             if key in self.cluster.objects and self.cluster.objects[key]["metadata"]["uid"] == action.uid:
                 self._write(lambda: self.cluster.delete(key, action.uid))
-            return
+            return True
         key, live = key_of(action.manifest), self.cluster.objects.get(key_of(action.manifest))
         if live is None:
+            if not self._is_current(cr):
+                return False
             make = self.cluster.create if action.is_create_only else self.cluster.apply
             self._write(lambda: make(action.manifest))
-        elif not action.is_create_only and cr["metadata"]["uid"] in owners(live) and not _holds(live, action.manifest):
+        elif not action.is_create_only and self._is_ours(cr, live) and not _holds(live, action.manifest):
             self._write(lambda: self.cluster.apply(action.manifest))
+        return True
+
+    def _is_ours(self, cr: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
+        """Owned, a Workload of a Job that is, or a model that is free to outlive its pipeline."""
+        uids = owners(live)
+        jobs = {job["metadata"]["uid"] for job in self.cluster.of_kind("Job") if cr["metadata"]["uid"] in owners(job)}
+        return cr["metadata"]["uid"] in uids or bool(uids & jobs) or not uids
 
     def _write(self, call: Any) -> None:
         if self.dies_after is not None and self.writes >= self.dies_after:
