@@ -142,8 +142,14 @@ def _gateway_row(gateway: Workload) -> dict[str, Any]:
         "readyReplicas": ready_replicas,
         "ready": f"{ready_replicas}/{wanted}",
         "selector": ",".join(f"{name}={value}" for name, value in sorted(labels.items())),
-        "image": live["spec"]["template"]["spec"]["containers"][0]["image"],
+        "image": _image(live) or _image(gateway.desired),
     }
+
+
+def _image(deployment: Manifest) -> str | None:
+    """Of the gateway itself; others may have put their sidecars before it."""
+    containers = (deployment["spec"].get("template") or {}).get("spec", {}).get("containers", ())
+    return next((container["image"] for container in containers if container["name"] == "gateway"), None)
 
 
 def _url(view: PipelineView) -> str | None:

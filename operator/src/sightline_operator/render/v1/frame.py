@@ -127,5 +127,5 @@ def _without_unhashed(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _unhashed(manifest: Mapping[str, Any]) -> tuple[object, object]:
-    predictor = manifest["spec"]["predictor"]
+    predictor = (manifest.get("spec") or {}).get("predictor") or {}  # minimal CRDs check nothing
     return manifest["metadata"].get("ownerReferences", []), {n: v for n, v in predictor.items() if n in UNHASHED}
