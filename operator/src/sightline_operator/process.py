@@ -31,6 +31,7 @@ from sightline_operator.settings import OperatorSettings
 
 log = logging.getLogger(__name__)
 OnEvent = Callable[[str | None, Mapping[str, Any]], None]
+MEASURE_SECONDS = 10.0
 WATCH_GRACE_SECONDS = 10.0
 """What a list shows may reach the watch so much later."""
 
@@ -175,7 +176,7 @@ class Operator:
                 metrics.BATCHES.labels(state).set(count)
             for name, count in items.items():
                 metrics.BATCH_ITEMS.labels(name).set(count)
-            await asyncio.sleep(30)
+            await asyncio.sleep(MEASURE_SECONDS)
 
     def _progress_url(self, pipeline: Mapping[str, Any], batch: Mapping[str, Any]) -> str | None:
         metadata, spec = pipeline["metadata"], pipeline["spec"]

@@ -91,6 +91,7 @@ class Reconciler:
         """
         await self._ask_about_strangers(key)
         drift: dict[str, Any] | None = None
+        notes: dict[Note, None] = {}
         for round_ in range(ROUNDS):
             cr = self._cache.get(*key)
             if cr is None:
@@ -107,10 +108,11 @@ class Reconciler:
                 await self._executor.report(cr, decision.status, drift)
                 raise
             drift = report.drift or drift
+            notes |= dict.fromkeys(decision.notes)
             is_settled = not self._note_strangers(key, report) and not report.written
             if is_settled or round_ == ROUNDS - 1:
                 await self._executor.report(cr, decision.status, drift)
-                await self._executor.announce(cr, decision.notes)
+                await self._executor.announce(cr, tuple(notes))
                 self._come_back(key, decision, report, is_settled=is_settled)
                 return
 

@@ -49,6 +49,10 @@ class Gone(ApiError):
     """410: the watch's resourceVersion is too old; list again."""
 
 
+class Silent(ApiError):
+    """Nothing came over a watch for longer than bookmarks are apart: go on from the last version on a new one."""
+
+
 class Client(Protocol):
     """What the operator asks of an API server; tests wrap it, and another client can take its place."""
 
@@ -158,9 +162,9 @@ class KubernetesClient:
     async def watch(
         self, resource: Resource, namespace: str | None, since: str, *, version: str = "", seconds: int = 290
     ) -> AsyncIterator[tuple[str, Object]]:
-        """Events after `since`, bookmarks included, until the server ends the stream.
+        """Events after `since`, bookmarks included, until the server ends the stream; first, one when it is open.
 
-        Raises Gone: list again. ApiError: anything else that ended it.
+        Raises Gone: list again. Silent: watch again. ApiError: anything else that ended it.
         """
         query = self._selectors(resource)
         query |= {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": since, "timeoutSeconds": str(seconds)}
@@ -169,12 +173,15 @@ class KubernetesClient:
             response = await self._request("GET", resource.path(namespace, version=version), query, None, "", timeout)
             try:
                 await self._raise_for(response)
+                yield "BOOKMARK", {"metadata": {"resourceVersion": since}}
                 async for line in response.content:
                     if line.strip():
                         yield self._event(json.loads(line))
             finally:
                 response.close()
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except TimeoutError as error:
+            raise Silent(0, "Silent", f"{resource.plural}: {WATCH_SILENCE_SECONDS:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise ApiError(0, "WatchBroken", f"{type(error).__name__}: {error}") from error
 
     async def served(self, resource: Resource) -> str | None:

@@ -15,6 +15,7 @@ from sightline_operator.act.diff import changes
 from sightline_operator.act.events import EventWriter
 from sightline_operator.act.ownership import HASH_ANNOTATION, lost_fields
 from sightline_operator.decide.decision import Apply, Decision, Delete, Note
+from sightline_operator.decide.pipeline_view import is_orphan_of
 from sightline_operator.observe.cache import Cache, Ref, ref_of
 from sightline_operator.queue import Key
 from sightline_operator.render import is_applied
@@ -116,7 +117,8 @@ class Executor:
         ref = ref_of(cr)
         if wanted == live or self._status.get(ref) == (wanted, live):
             return False
-        metadata = {name: cr["metadata"][name] for name in ("name", "namespace", "uid")}
+        # With its version: a status that was decided on an older object never takes back what was said since.
+        metadata = {name: cr["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         manifest = {"apiVersion": cr["apiVersion"], "kind": cr["kind"], "metadata": metadata, "status": wanted}
         if self._is_dry_run:
             log.info("dry run: status %s", "; ".join(changes(_as_object(live), _as_object(wanted))))
@@ -153,7 +155,7 @@ class Executor:
                 live = self._cache.get(*ref_of(action.manifest))
                 if live is None:
                     absent.append(action)
-                elif not _is_owned_by(cr, live):
+                elif not self._is_ours(cr, live):
                     report.strangers[ref_of(action.manifest)] = live
         if absent or any(isinstance(action, Delete) for action in decision.actions):
             await self._confirm(cr)
@@ -163,7 +165,7 @@ class Executor:
             ref = ref_of(action.manifest)
             if live is None:
                 self._miss(ref, missing, report)
-            elif _is_owned_by(cr, live):
+            elif self._is_ours(cr, live):
                 self._cache.put(live, by=Key(*ref_of(cr)))
             else:
                 report.strangers[ref] = live
@@ -191,8 +193,21 @@ class Executor:
             raise Outdated(f"{ref.kind} {ref.name} is gone")
         self._cache.put(live, by=Key(*ref))
         was, now = cr["metadata"], live["metadata"]
-        if now.get("deletionTimestamp") or (was["uid"], was["generation"]) != (now["uid"], now["generation"]):
+        # The version and not only the generation: a batch that an old status shows running may have ended.
+        if now.get("deletionTimestamp") or (was["uid"], was["resourceVersion"]) != (now["uid"], now["resourceVersion"]):
             raise Outdated(f"{ref.kind} {ref.name} has changed")
+
+    def _is_ours(self, cr: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
+        """Owned; or a model that outlives its pipeline; or Kueue's Workload, whose owner is a Job of ours."""
+        if _is_owned_by(cr, live) or is_orphan_of(cr, live):
+            return True
+        jobs = {
+            child["metadata"]["uid"]
+            for child in self._cache.owned(str(cr["metadata"]["uid"]))
+            if child["kind"] == "Job"
+        }
+        owners = {owner.get("uid") for owner in live["metadata"].get("ownerReferences") or []}
+        return live["kind"] == "Workload" and bool(owners & jobs)
 
     async def _live(self, manifest: Mapping[str, Any]) -> Object | None:
         ref = ref_of(manifest)
@@ -207,7 +222,7 @@ class Executor:
                 answer = await self._client.create(action.manifest, is_dry_run=self._is_dry_run)
             except Conflict:
                 live = await self._live(action.manifest)
-                if live is not None and not _is_owned_by(cr, live):
+                if live is not None and not self._is_ours(cr, live):
                     report.strangers[ref] = live
                 return
         else:

@@ -63,7 +63,7 @@ def _lost_items(items: Sequence[Any], owned: Mapping[str, Any], path: str) -> It
             here = f"{path}[{next(iter(one.values()), '')}]"
             if name is None:
                 yield here
-            else:
+            elif keyed[name]:  # an empty one is owned whole, as ownerReferences are
                 yield from _lost(one, keyed[name], here)
         elif values and f"v:{json.dumps(item, separators=(',', ':'))}" not in values:
             yield f"{path}[{item}]"

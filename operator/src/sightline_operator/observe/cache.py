@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sightline_operator.queue import Key
-from sightline_operator.render.names import label_value
+from sightline_operator.render.names import MAX_SERVED_NAME, child_name, label_value
 from sightline_operator.resources import ISVC_LABEL, is_owned_entry
 from sightline_operator.settings import GROUP
 
@@ -72,7 +72,10 @@ def named_by(cr: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
     """(kind, name) of what a VisionPipeline or VisionBatch refers to in its namespace, and does not own."""
     spec = cr.get("spec") or {}
     named: set[tuple[str, str]] = set()
-    for step in (spec.get("caption") or {}, spec.get("enhance") or {}):
+    for name in ("caption", "enhance"):
+        step = spec.get(name) or {}
+        if cr["kind"] == "VisionPipeline" and "inferenceService" in step:  # one that outlives it is not owned
+            named.add(("InferenceService", child_name(str(cr["metadata"]["name"]), name, MAX_SERVED_NAME)))
         if name := (step.get("inferenceServiceRef") or {}).get("name"):
             named.add(("InferenceService", name))
         if name := ((step.get("inferenceService") or {}).get("runtime") or {}).get("name"):

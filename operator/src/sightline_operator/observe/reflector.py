@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sightline_operator.act.client import ApiError, Client, Gone
+from sightline_operator.act.client import ApiError, Client, Gone, Silent
 from sightline_operator.observe.cache import Cache
 from sightline_operator.resources import Resource
 
@@ -107,17 +107,20 @@ class Reflector:
     async def _watch(self, since: str, seconds: int) -> str:
         """One stream; returns the version to go on from."""
         loop = asyncio.get_running_loop()
-        self.heard_at = loop.time()
         stream = self._client.watch(
             self.resource, self.namespace, since, version=self._version, seconds=max(1, seconds)
         )
-        async for type_, obj in stream:
-            self.heard_at = loop.time()
-            since = str(obj["metadata"]["resourceVersion"])
-            if type_ in ("ADDED", "MODIFIED"):
-                self._cache.put(obj)
-            elif type_ == "DELETED":
-                self._cache.remove(obj)
+        try:
+            async for type_, obj in stream:
+                self.heard_at = loop.time()
+                since = str(obj["metadata"]["resourceVersion"])
+                if type_ in ("ADDED", "MODIFIED"):
+                    self._cache.put(obj)
+                elif type_ == "DELETED":
+                    self._cache.remove(obj)
+        except Silent as error:
+            # A half-open connection; or events, which the API server sends no bookmarks for.
+            log.debug("watch of %s was silent: %s", self.resource.plural, error)
         return since
 
     def _belongs(self, obj: Mapping[str, Any]) -> bool:
