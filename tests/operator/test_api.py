@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
 from sightline_operator.api import (
     Batch,
     BatchStatus,
@@ -26,7 +27,6 @@ from sightline_operator.api import (
     write_crds,
     write_reference,
 )
-
 from tests.operator import simulation
 from tests.operator.objects import GONE, batch, changed, pipeline
 

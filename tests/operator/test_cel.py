@@ -9,8 +9,8 @@ import httpx
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
-from sightline_operator.api import Batch, Pipeline, crds
 
+from sightline_operator.api import Batch, Pipeline, crds
 from tests.operator.conftest import ApiServer
 from tests.operator.objects import GONE, batch, pipeline
 from tests.operator.specs import BATCHES, PIPELINES
@@ -20,6 +20,11 @@ SAMPLES = Path(__file__).resolve().parents[2] / "manifests" / "samples"
 ENDPOINT = {"url": "https://models.example.com/v1", "model": "gpt-oss-20b"}
 WORK = {"input": {"s3Prefix": {"bucket": "images"}}, "output": {"s3": {"bucket": "captions"}}}
 TIME = "2026-11-21T12:00:00Z"
+
+
+def scheduled(schedule: str, **fields: Any) -> dict[str, Any]:
+    """A pipeline that makes a batch at these times."""
+    return pipeline({"batches": [{"name": "a", "schedule": schedule, "template": {"spec": WORK}, **fields}]})
 
 
 class Api:
@@ -133,6 +138,7 @@ ACCEPTED = {
             ]
         }
     ),
+    "every form of a schedule": scheduled("*/15,59 0-6/2,22 1,15,31 JAN-mar,12 Mon-Fri,7"),
     "batch names as long as may be": pipeline(
         {"batches": [{"name": "b" * 20, "schedule": "@daily", "template": {"spec": WORK}}]}, name="a" * 22
     ),
@@ -345,9 +351,20 @@ REFUSED = {
         pipeline({"batches": [{"name": "b" * 21, "schedule": "@daily", "template": {"spec": WORK}}]}, name="a" * 22),
         "spec.batches", "spec.batches[].name is too long",
     ),
-    "a schedule that is none": (
-        pipeline({"batches": [{"name": "a", "schedule": "every night", "template": {"spec": WORK}}]}),
-        "spec.batches[0].schedule", "should match",
+    "a schedule that is none": (scheduled("every night"), "spec.batches[0].schedule", "must have five fields"),
+    "a nickname that cron has not": (scheduled("@nightly"), "spec.batches[0].schedule", "must have five fields"),
+    "six fields": (scheduled("0 0 3 * * *"), "spec.batches[0].schedule", "must have five fields"),
+    "minute 60": (scheduled("60 3 * * *"), "spec.batches[0].schedule", "the minute must be of 0-59"),
+    "hour 24": (scheduled("0 24 * * *"), "spec.batches[0].schedule", "the hour must be of 0-23"),
+    "day 0": (scheduled("0 3 0 * *"), "spec.batches[0].schedule", "the day of month must be of 1-31"),
+    "month 13": (scheduled("0 3 1 1-13 *"), "spec.batches[0].schedule", "the month must be of 1-12"),
+    "weekday 8": (scheduled("0 3 * * 1,8"), "spec.batches[0].schedule", "the day of week must be of 0-7"),
+    "a step of nothing": (scheduled("*/0 3 * * *"), "spec.batches[0].schedule", "the minute must be of 0-59"),
+    "a time zone that nobody keeps": (
+        scheduled("@daily", timeZone="Mars/Olympus"), "spec.batches[0].timeZone", "must be the name of a time zone",
+    ),
+    "whatever zone the server is in": (
+        scheduled("@daily", timeZone="Local"), "spec.batches[0].timeZone", "must be the name of a time zone",
     ),
     "a time zone of no schedule": (
         pipeline({"batches": [{"name": "a", "timeZone": "UTC", "template": {"spec": WORK}}]}),

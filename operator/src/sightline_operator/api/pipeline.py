@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -347,7 +348,7 @@ class Step(Object):
     retry: Retry = Field(default=Retry(), description="Further attempts at a call that failed.")
     circuit_breaker: CircuitBreaker | None = Field(
         default=None,
-        description="When the gateway stops calling a step that fails; unset: after five failures in a row, for 10s.",
+        description="When the gateway stops calling a step that fails; unset: after five failures in a row, for 5s.",
     )
     max_in_flight: int = Field(
         default=32, ge=1, le=10_000, description="Calls of this step that one gateway pod has open at once."
@@ -545,7 +546,28 @@ class Storage(Object):
 
 # --- batches of a pipeline -------------------------------------------------------------------------------------------
 
-_CRON = r"^(@(yearly|annually|monthly|weekly|daily|midnight|hourly)|([-0-9A-Za-z*/,?]+\s+){4}[-0-9A-Za-z*/,?]+)$"
+_NICKNAMES = ("@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly")
+_CRON_FIELDS = (
+    ("minute", "0-59", "[0-5]?[0-9]"),
+    ("hour", "0-23", "[01]?[0-9]|2[0-3]"),
+    ("day of month", "1-31", "0?[1-9]|[12][0-9]|3[01]"),
+    ("month", "1-12 or jan-dec", "0?[1-9]|1[0-2]|(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"),
+    ("day of week", "0-7 or sun-sat", "0?[0-7]|(?i:sun|mon|tue|wed|thu|fri|sat)"),
+)
+
+
+def _cron_rules() -> Iterator[Rule]:
+    """One rule for the number of fields, and one for each field: a pattern of all would be refused in its own words."""
+    yield Rule(
+        f"self in {list(_NICKNAMES)} || self.split(' ').size() == 5",
+        "batches[].schedule must have five fields such as `0 3 * * *`, or be one of " + ", ".join(_NICKNAMES),
+    )
+    for index, (name, values, number) in enumerate(_CRON_FIELDS):
+        span = f"([*?]|({number})(-({number}))?)(/0*[1-9][0-9]?)?"
+        yield Rule(
+            f"self.split(' ').size() != 5 || self.split(' ')[{index}].matches('^{span}(,{span})*$')",
+            f"batches[].schedule: the {name} must be of {values}, as *, lists (1,2), ranges (1-5) or steps (*/2)",
+        )
 
 
 class PipelineBatch(Object):
@@ -567,7 +589,8 @@ class PipelineBatch(Object):
     schedule: str | None = Field(
         default=None,
         max_length=128,
-        pattern=_CRON,
+        pattern=r"^[-0-9A-Za-z*/,? @]+$",
+        json_schema_extra=ruled(*_cron_rules()),
         description="Five fields of cron such as `0 3 * * *`, or `@daily`. Unset: made once, as soon as the pipeline "
         "is there.",
     )
@@ -576,6 +599,12 @@ class PipelineBatch(Object):
         max_length=64,
         pattern=r"^[A-Za-z0-9_+/-]+$",
         description="IANA time zone of the schedule; unset: UTC.",
+        json_schema_extra=ruled(
+            Rule(
+                "self.lowerAscii() != 'local' && timestamp('2026-01-01T00:00:00Z').getHours(self) >= 0",
+                "batches[].timeZone must be the name of a time zone, such as Europe/Vienna",
+            )
+        ),
     )
     suspend: bool = Field(default=False, description="true: no new VisionBatch is made. Those that run go on.")
     concurrency_policy: Literal["Allow", "Forbid"] = Field(
