@@ -60,15 +60,23 @@ class ChainPolicy:
     """What a pipeline does when a request does not say.
 
     enhance_by_default       whether a request that says nothing is enhanced
+    strict_by_default        whether a missing enhancement is an error then
     level                    reasoning effort of such a request
+    caption_prompt           of a request with neither prompt nor preset; None: contract D7
+    caption_timeout_seconds  what the caption step gets at most; None: all of the deadline
     enhance_timeout_seconds  what the enhance step gets at most
+    enhance_min_seconds      what must be left of the deadline, or nothing is enhanced
     reserve_seconds          what it must leave of the deadline, so that the caption still reaches
                              the caller in time
     """
 
     enhance_by_default: bool = True
+    strict_by_default: bool = False
     level: ReasoningLevel = "low"
+    caption_prompt: str | None = None
+    caption_timeout_seconds: float | None = None
     enhance_timeout_seconds: float = 60
+    enhance_min_seconds: float = 0
     reserve_seconds: float = 0.5
     caption_sampling: Sampling = _CAPTION_SAMPLING
     enhance_sampling: Sampling = _ENHANCE_SAMPLING
@@ -81,7 +89,7 @@ class ChainOptions:
     prompt            None: that of the preset
     preset            a name of PRESETS; None: contract D7 when `detailed`, else one short sentence
     enhance           True forces, False skips, None leaves it to the policy
-    strict            no enhancement where one was wanted is an error, not a bare caption
+    strict            no enhancement where one was wanted is an error, not a bare caption; None leaves it to the policy
     explain           tell which terms the enhancement added
     caption_sampling  None: the policy's
     enhance_sampling  None: the policy's
@@ -92,7 +100,7 @@ class ChainOptions:
     detailed: bool = True
     enhance: bool | None = None
     level: ReasoningLevel | None = None
-    strict: bool = False
+    strict: bool | None = None
     explain: bool = False
     caption_sampling: Sampling | None = None
     enhance_sampling: Sampling | None = None
@@ -190,7 +198,7 @@ async def run(
                 prose = await step(result.caption, level, sampling, within)
             return _enhanced(result, prose, options)
     except Unavailable as error:
-        return _without(result, error, options)
+        return _without(result, error, options, policy)
 
 
 async def stream(
@@ -225,7 +233,7 @@ async def stream(
                 raise UpstreamFailed("The enhance step ended without its answer.")
             result = _enhanced(result, prose, options)
     except Unavailable as error:
-        result = _without(result, error, options)
+        result = _without(result, error, options, policy)
     yield result
 
 
@@ -256,9 +264,14 @@ async def _captioned(
 ) -> ChainResult:
     """The result as it is when nothing is enhanced."""
     context.deadline.check()
+    if policy.caption_timeout_seconds is not None:
+        seconds = min(policy.caption_timeout_seconds, context.deadline.remaining())
+        context = replace(context, deadline=Deadline.after(seconds))
+    is_silent = options.prompt is None and options.preset is None
+    words = policy.caption_prompt if is_silent and policy.caption_prompt is not None else options.words
     try:
         async with asyncio.timeout(context.deadline.remaining()):
-            described = await step(image, options.words, options.caption_sampling or policy.caption_sampling, context)
+            described = await step(image, words, options.caption_sampling or policy.caption_sampling, context)
     except TimeoutError as error:
         raise DeadlineExceeded("The caption step did not answer before the deadline.") from error
     if described.usage.image_tokens is not None and described.usage.image_tokens <= 0:
@@ -294,7 +307,7 @@ def _prepared(
     if step is None:
         raise _NotAnswered("This pipeline has no enhance step.", code="enhancer_not_configured")
     seconds = min(policy.enhance_timeout_seconds, context.deadline.remaining() - policy.reserve_seconds)
-    if seconds <= 0:
+    if seconds <= 0 or context.deadline.remaining() < policy.enhance_min_seconds:
         raise _too_slow()
     within = replace(context, deadline=Deadline.after(seconds))
     return step, options.level or policy.level, options.enhance_sampling or policy.enhance_sampling, within
@@ -343,9 +356,9 @@ def _enhanced(result: ChainResult, prose: Completion, options: ChainOptions) -> 
     )
 
 
-def _without(result: ChainResult, error: Unavailable, options: ChainOptions) -> ChainResult:
+def _without(result: ChainResult, error: Unavailable, options: ChainOptions, policy: ChainPolicy) -> ChainResult:
     """The caption alone, with the reason. Raises the error when that is not enough."""
-    if options.strict:
+    if policy.strict_by_default if options.strict is None else options.strict:
         raise error
     return replace(result, enhancement_error=EnhancementFault(error.code, error.message))
 

@@ -127,9 +127,17 @@ class ServerSettings(ImageSettings):
     deadline_seconds: float = Field(
         120, gt=0, description="A request may ask for less by X-Request-Timeout-Ms, never for more."
     )
+    default_deadline_seconds: float | None = Field(
+        None, gt=0, description="Deadline of a request that asks for none; default: deadline_seconds."
+    )
     grace_seconds: int = Field(30, gt=0, description="Seconds that running requests get after SIGTERM.")
 
     _levels = field_validator("log_level", mode="before")(_lowered)
+
+    @property
+    def usual_seconds(self) -> float:
+        """The deadline of a request that asks for none."""
+        return min(self.default_deadline_seconds or self.deadline_seconds, self.deadline_seconds)
 
     @model_validator(mode="after")
     def _auth_is_decided(self) -> Self:
@@ -340,6 +348,10 @@ class PipelineSettings(ServerSettings):
     step_api_key: SecretStr | None = Field(None, description="Key that the two steps want.")
     describe_api_key: SecretStr | None = Field(None, description="Key of the caption step, if it has its own.")
     enhance_api_key: SecretStr | None = Field(None, description="Key of the enhance step, if it has its own.")
+    describe_ca_file: Path | None = Field(
+        None, description="PEM certificates to trust at the caption step instead of the public ones."
+    )
+    enhance_ca_file: Path | None = Field(None, description="The same for the enhance step.")
     enhance_by_default: bool = Field(
         True,
         validation_alias=AliasChoices("enhance_by_default", "USE_GPT_OSS"),
@@ -348,10 +360,49 @@ class PipelineSettings(ServerSettings):
     reasoning_level: ReasoningLevel = Field(
         "low", validation_alias=AliasChoices("reasoning_level", "GPT_OSS_REASONING_LEVEL")
     )
+    strict_by_default: bool = Field(
+        False, description="What happens when a request does not say strict: true makes a missing enhancement an error."
+    )
+    caption_prompt: str | None = Field(None, description="Used when a request has neither prompt nor preset.")
     caption_tokens: int = Field(128, gt=0, le=4096, description="New tokens of a caption.")
+    caption_temperature: float = Field(0, ge=0, le=2, description="When a request says nothing; 0 is greedy.")
+    caption_top_p: float = Field(1, gt=0, le=1, description="When a request says nothing.")
+    caption_seed: int | None = Field(None, ge=0, description="When a request says nothing.")
     enhance_tokens: int = Field(1024, gt=0, le=4096, description="New tokens of an enhancement.")
+    enhance_temperature: float = Field(0, ge=0, le=2, description="When a request says nothing; 0 is greedy.")
+    enhance_top_p: float = Field(1, gt=0, le=1, description="When a request says nothing.")
+    enhance_seed: int | None = Field(None, ge=0, description="When a request says nothing.")
+    caption_timeout_seconds: float | None = Field(
+        None, gt=0, description="What the caption step gets of the deadline at most; default: all of it."
+    )
     enhance_timeout_seconds: float = Field(
         60, gt=0, description="Past this the caption is returned without enhancement."
+    )
+    enhance_min_seconds: float = Field(
+        0, ge=0, description="With less than this left of its deadline, a caption is not enhanced."
+    )
+    caption_attempts: int = Field(3, ge=1, le=10, description="Calls of the caption step for one image at most.")
+    enhance_attempts: int = Field(3, ge=1, le=10, description="Calls of the enhance step for one caption at most.")
+    caption_attempt_seconds: float | None = Field(
+        None, gt=0, description="What one of them may take until its answer, or its first piece, is there."
+    )
+    enhance_attempt_seconds: float | None = Field(None, gt=0, description="The same for the enhance step.")
+    caption_max_in_flight: int | None = Field(None, gt=0, description="Calls of the caption step open at once.")
+    enhance_max_in_flight: int | None = Field(None, gt=0, description="Calls of the enhance step open at once.")
+    caption_breaker_failures: int = Field(
+        5, ge=1, description="Failures in a row after which the caption step is left alone for a while."
+    )
+    caption_breaker_error_percent: int | None = Field(
+        None, ge=1, le=100, description="Instead: failures among the last calls, in per cent."
+    )
+    caption_breaker_min_requests: int = Field(20, ge=1, description="How many calls those are.")
+    caption_breaker_open_seconds: float = Field(5, gt=0, description="For how long it is left alone.")
+    enhance_breaker_failures: int = Field(5, ge=1, description="As for the caption step.")
+    enhance_breaker_error_percent: int | None = Field(None, ge=1, le=100, description="As for the caption step.")
+    enhance_breaker_min_requests: int = Field(20, ge=1, description="As for the caption step.")
+    enhance_breaker_open_seconds: float = Field(5, gt=0, description="As for the caption step.")
+    pipeline_revision: str | None = Field(
+        None, description="Name of all that decides the answers; told in the header X-Pipeline-Revision."
     )
     max_concurrency: int = Field(32, gt=0, description="Chains that run at once; more wait.")
 

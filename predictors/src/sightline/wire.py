@@ -65,6 +65,8 @@ MAX_STOP_SEQUENCES = 4
 MAX_STOP_CHARACTERS = 256
 
 REQUEST_ID_HEADER = "x-request-id"
+REVISION_HEADER = "x-pipeline-revision"
+"""Of every answer of a gateway that was told its revision: a batch stops when it is another than at its beginning."""
 TIMEOUT_HEADER = "x-request-timeout-ms"
 """Milliseconds that are left of the caller's one deadline.
 

@@ -1,6 +1,7 @@
 """Whether a model behind somebody else's HTTP may be called now: a circuit breaker for one event loop."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,11 +12,12 @@ State = Literal["closed", "half-open", "open"]
 class CircuitBreaker:
     """Whether a step may be called: closed, open after failures in a row, then half open for one probe.
 
-        closed ──max_failures in a row──▶ open ──open_seconds──▶ half open ──one probe──▶ closed or open
+        closed ──too many failures──▶ open ──open_seconds──▶ half open ──one probe──▶ closed or open
 
-    clock         monotonic seconds
-    max_failures  consecutive failures that open it
-    open_seconds  how long nobody is let through, then one
+    clock          monotonic seconds
+    max_failures   consecutive failures that open it
+    error_percent  instead: failures among the last `window` calls that open it, in per cent
+    open_seconds   how long nobody is let through, then one
 
     Each change of state starts a new generation; outcomes of calls that were admitted in an older
     one are ignored. For one event loop; it takes no locks.
@@ -27,12 +29,17 @@ class CircuitBreaker:
         *,
         max_failures: int = 5,
         open_seconds: float = 5.0,
+        error_percent: int | None = None,
+        window: int = 20,
     ) -> None:
         self._clock = clock
         self._max_failures = max_failures
         self._open_seconds = open_seconds
         self._generation = 0
         self._failures = 0
+        self._error_percent = error_percent
+        self._last: deque[bool] = deque(maxlen=window)
+        """Whether each of the last calls failed."""
         self._opened_at: float | None = None
         self._is_probing = False
 
@@ -52,11 +59,13 @@ class CircuitBreaker:
             self._is_probing = False
         elif outcome == "answered":
             self._failures = 0
+            self._last.append(False)
             if self._opened_at is not None:
                 self._turn(opened_at=None)
         else:
             self._failures += 1
-            if self._failures >= self._max_failures:
+            self._last.append(True)
+            if self._opened_at is not None or self._is_too_much():
                 self._turn(opened_at=self._clock())
 
     def retry_after(self) -> float:
@@ -72,7 +81,13 @@ class CircuitBreaker:
             return "closed"
         return "open" if self.retry_after() > 0 else "half-open"
 
+    def _is_too_much(self) -> bool:
+        if self._error_percent is None:
+            return self._failures >= self._max_failures
+        return len(self._last) == self._last.maxlen and 100 * sum(self._last) >= self._error_percent * len(self._last)
+
     def _turn(self, *, opened_at: float | None) -> None:
         self._generation += 1
+        self._last.clear()
         self._opened_at = opened_at
         self._is_probing = False

@@ -3,7 +3,7 @@
     caption, image or turns ──dialect──▶ POST ──dialect──▶ Completion, or pieces of text and then the Completion
 
 A call that cannot have started (no connection) or was turned away (502 of a proxy, 503) is repeated
-at most twice while the deadline allows; after the first byte of any other answer it never is. A
+a few times while the deadline allows; after the first byte of any other answer it never is. A
 step that keeps failing is left alone for a while by its circuit breaker, so that nobody waits for a
 model that is known to be down. Every failure is one of `sightline.errors`; no text of httpx reaches
 a client.
@@ -11,12 +11,15 @@ a client.
 
 import asyncio
 import logging
+import math
 import random
 import re
+import ssl
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import orjson
@@ -54,7 +57,6 @@ KEEPALIVE_SECONDS = 2.0
 SPARE_CONNECTIONS = 2
 """For readiness probes, which must not wait behind the calls."""
 
-MAX_RETRIES = 2
 MAX_LESSONS = 6
 """How often one call is written anew because the server named a parameter that it does not take."""
 BACKOFF_SECONDS = 0.1
@@ -68,10 +70,31 @@ PATIENCE_SECONDS = 30.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 
 
-def new_client(max_concurrency: int) -> httpx.AsyncClient:
-    """A connection pool for one step. It ignores the proxies of the environment and follows no redirects."""
+@dataclass(frozen=True, slots=True)
+class CallPolicy:
+    """How one step is called.
+
+    attempts         calls at most, the first included; further ones only where they are safe
+    attempt_seconds  until the answer of one call, or the first piece of it, is there; None: the deadline alone decides
+    max_in_flight    calls that are open at once; None: no bound of its own
+    """
+
+    attempts: int = 3
+    attempt_seconds: float | None = None
+    max_in_flight: int | None = None
+
+
+DEFAULT_POLICY = CallPolicy()
+
+
+def new_client(max_concurrency: int, authority: Path | None = None) -> httpx.AsyncClient:
+    """A connection pool for one step. It ignores the proxies of the environment and follows no redirects.
+
+    authority   file of certificates to trust instead of the public ones. Raises OSError when it cannot be read.
+    """
     return httpx.AsyncClient(
         trust_env=False,
+        verify=True if authority is None else ssl.create_default_context(cafile=authority),
         follow_redirects=False,
         limits=httpx.Limits(
             max_connections=max_concurrency + SPARE_CONNECTIONS,
@@ -106,6 +129,7 @@ class RemoteStep:
 
     step    its place in the chain; names the codes `caption_step_unavailable`,
             `enhance_step_unavailable`
+    policy  attempts, their time, and how many calls are open at once
     sleep   takes the pauses between attempts, in seconds
     jitter  a number from 0 to 1 for each pause
     """
@@ -118,6 +142,7 @@ class RemoteStep:
         *,
         step: StepName = "caption",
         breaker: CircuitBreaker | None = None,
+        policy: CallPolicy = DEFAULT_POLICY,
         sleep: Sleep = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -126,6 +151,8 @@ class RemoteStep:
         self._client = client
         self.name: StepName = step
         self.breaker = breaker or CircuitBreaker()
+        self._policy = policy
+        self._gate = asyncio.Semaphore(policy.max_in_flight) if policy.max_in_flight else None
         self._sleep = sleep
         self._jitter = jitter
 
@@ -188,10 +215,10 @@ class RemoteStep:
             if isinstance(call, _Fault):
                 return call
             try:
-                async with asyncio.timeout(context.deadline.remaining()):
+                async with asyncio.timeout(self._patience(context)):
                     answer = await self._post(outgoing, context)
             except TimeoutError as error:
-                return self._late(error)
+                return self._slow(call, context, error)
             call.outcome = "failed" if isinstance(answer, _Fault) and answer.is_down else "answered"
             return answer
 
@@ -243,13 +270,14 @@ class RemoteStep:
             has_shown = False
             async with aclosing(self._pieces(outgoing, context)) as pieces:
                 while True:
+                    patience = context.deadline.remaining() if has_shown else self._patience(context)
                     try:
-                        async with asyncio.timeout(context.deadline.remaining()):
+                        async with asyncio.timeout(patience):
                             piece = await anext(pieces)
                     except StopAsyncIteration:
                         return
                     except TimeoutError as error:
-                        piece = self._late(error)
+                        piece = self._slow(call, context, error)
                     else:
                         if isinstance(piece, _Fault):
                             call.outcome = "failed" if piece.is_down else "answered"
@@ -288,7 +316,28 @@ class RemoteStep:
 
     @asynccontextmanager
     async def _admitted(self, context: Context) -> AsyncGenerator["_Call | _Fault"]:
-        """Leave of the breaker for one call, which is told its outcome, whichever way it ends."""
+        """A place among the open calls and leave of the breaker, which is told the outcome, whichever way it ends."""
+        async with self._place(context), self._permitted(context) as call:
+            yield call
+
+    @asynccontextmanager
+    async def _place(self, context: Context) -> AsyncGenerator[None]:
+        """Raises DeadlineExceeded (504) when none comes free in time."""
+        if self._gate is None:
+            yield
+            return
+        try:
+            async with asyncio.timeout(context.deadline.remaining()):
+                await self._gate.acquire()
+        except TimeoutError as error:
+            raise self._late(error).error from error
+        try:
+            yield
+        finally:
+            self._gate.release()
+
+    @asynccontextmanager
+    async def _permitted(self, context: Context) -> AsyncGenerator["_Call | _Fault"]:
         permit = self.breaker.admit()
         if permit is None:
             yield _Fault(self._unavailable(retry_after=self.breaker.retry_after() or 1.0), False)
@@ -319,7 +368,7 @@ class RemoteStep:
             tries.lessons += 1
             return
         pause = max(BACKOFF_SECONDS * 2**tries.retries * (0.5 + self._jitter()), fault.error.retry_after or 0)
-        is_last = tries.retries == MAX_RETRIES or not fault.may_retry or self.breaker.retry_after() > 0
+        is_last = tries.retries + 1 >= self._policy.attempts or not fault.may_retry or self.breaker.retry_after() > 0
         if is_last or pause > MAX_PAUSE_SECONDS or pause >= context.deadline.remaining():
             raise fault.error from fault.cause
         tries.retries += 1
@@ -382,6 +431,17 @@ class RemoteStep:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return _Fault(self._unavailable(), is_down=True, may_retry=True, cause=error)
         return _Fault(self._nonsense() if has_answer else self._unavailable(), is_down=True, cause=error)
+
+    def _patience(self, context: Context) -> float:
+        """How long one call may take until something of its answer is there."""
+        return min(context.deadline.remaining(), self._policy.attempt_seconds or math.inf)
+
+    def _slow(self, call: "_Call", context: Context, cause: TimeoutError) -> _Fault:
+        """Out of time: of the whole request, or of this one attempt, which says that the step is in trouble."""
+        if self._policy.attempt_seconds is None or context.deadline.remaining() <= 0:
+            return self._late(cause)
+        call.outcome = "failed"
+        return _Fault(self._unavailable(), is_down=True, may_retry=True, cause=cause)
 
     def _late(self, cause: TimeoutError) -> _Fault:
         error = DeadlineExceeded(f"The {self.name} step did not answer before the deadline.")

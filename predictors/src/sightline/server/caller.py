@@ -22,12 +22,19 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 
 def context_of(
-    headers: Mapping[str, str], request_id: str, keys: Keys, longest_seconds: float, *, is_open: bool
+    headers: Mapping[str, str],
+    request_id: str,
+    keys: Keys,
+    longest_seconds: float,
+    *,
+    is_open: bool,
+    usual_seconds: float | None = None,
 ) -> Context:
     """Who calls, until when, and as part of which trace.
 
     headers          by their names in lower case
     longest_seconds  of the deadline; the caller may ask for less
+    usual_seconds    of the deadline when it asks for none; None: the longest
     is_open          whether the place called answers those without a key, as for probes
 
     Raises InvalidApiKey (403), BadRequest (400), InvalidParameter (422).
@@ -42,7 +49,7 @@ def context_of(
     is_traced = trace_id(traceparent) is not None
     return Context(
         request_id=request_id,
-        deadline=Deadline.after(_seconds(headers, longest_seconds)),
+        deadline=Deadline.after(_seconds(headers, longest_seconds, usual_seconds or longest_seconds)),
         principal=principal,
         traceparent=traceparent if is_traced else None,
         tracestate=tracestate if is_traced and _TRACESTATE.fullmatch(tracestate) else None,
@@ -66,10 +73,10 @@ def trace_id(traceparent: str | None) -> str | None:
     return match["trace"]
 
 
-def _seconds(headers: Mapping[str, str], longest: float) -> float:
+def _seconds(headers: Mapping[str, str], longest: float, usual: float) -> float:
     value = headers.get(TIMEOUT_HEADER)
     if value is None:
-        return longest
+        return usual
     try:
         milliseconds = float(value)
     except ValueError as error:

@@ -224,7 +224,9 @@ class _Servicer(pb_grpc.GRPCInferenceServiceServicer):
             remaining = grpc_context.time_remaining()
             longest = self._settings.deadline_seconds
             seconds = longest if remaining is None else max(0.001, min(longest, remaining))
-            context = context_of(headers, own_id, self._keys, seconds, is_open=method in _OPEN)
+            usual = self._settings.usual_seconds if remaining is None else seconds
+            is_open = method in _OPEN
+            context = context_of(headers, own_id, self._keys, seconds, is_open=is_open, usual_seconds=usual)
             answer = await work(context)
             await grpc_context.send_initial_metadata(((REQUEST_ID_HEADER, own_id),))
             status = grpc.StatusCode.OK

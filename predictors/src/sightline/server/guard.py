@@ -8,7 +8,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -22,8 +22,8 @@ from sightline.server.caller import context_of, trace_id
 from sightline.server.caller import request_id as caller_id
 from sightline.server.keys import Keys
 from sightline.server.rendering import error_body, error_headers, error_status, translate
-from sightline.settings import ServerSettings
-from sightline.wire import REQUEST_ID_HEADER, Context
+from sightline.settings import PipelineSettings, ServerSettings
+from sightline.wire import REQUEST_ID_HEADER, REVISION_HEADER, Context
 
 log = logging.getLogger("sightline.access")
 
@@ -46,6 +46,8 @@ class Guard:
         self._app = app
         self._settings = settings
         self._keys = keys
+        revision = settings.pipeline_revision if isinstance(settings, PipelineSettings) else None
+        self._always = {REVISION_HEADER: revision} if revision else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none; a key could not be asked for here
@@ -57,7 +59,7 @@ class Guard:
         started = time.monotonic()
         headers = Headers(scope=scope)
         request_id = caller_id(headers)
-        response = _Response(send, request_id)
+        response = _Response(send, {REQUEST_ID_HEADER: request_id, **self._always})
         body = _Body(receive, self._settings.max_request_bytes)
         try:
             scope.setdefault("state", {})["context"] = self._context(scope, headers, request_id)
@@ -70,8 +72,14 @@ class Guard:
 
     def _context(self, scope: Scope, headers: Headers, request_id: str) -> Context:
         given = {name: ",".join(headers.getlist(name)) if name == "tracestate" else headers[name] for name in headers}
+        told = self._settings
         return context_of(
-            given, request_id, self._keys, self._settings.deadline_seconds, is_open=is_open(scope["path"])
+            given,
+            request_id,
+            self._keys,
+            told.deadline_seconds,
+            is_open=is_open(scope["path"]),
+            usual_seconds=told.usual_seconds,
         )
 
     async def _answer(self, scope: Scope, error: Exception, response: "_Response", request_id: str) -> None:
@@ -94,18 +102,18 @@ class Guard:
 
 
 class _Response:
-    """`send` that adds the request id and remembers the status."""
+    """`send` that adds what every answer has, such as the request id, and remembers the status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, always: Mapping[str, str]) -> None:
         self._send = send
-        self._request_id = request_id
+        self._always = always
         self.status: int | None = None
         self.is_complete = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID_HEADER] = self._request_id
+            MutableHeaders(scope=message).update(self._always)
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
             self.is_complete = True

@@ -129,9 +129,23 @@ class PipelineService:
         self._policy = ChainPolicy(
             enhance_by_default=settings.enhance_by_default,
             level=settings.reasoning_level,
+            strict_by_default=settings.strict_by_default,
+            caption_prompt=settings.caption_prompt,
+            caption_timeout_seconds=settings.caption_timeout_seconds,
             enhance_timeout_seconds=settings.enhance_timeout_seconds,
-            caption_sampling=Sampling(max_tokens=settings.caption_tokens),
-            enhance_sampling=Sampling(max_tokens=settings.enhance_tokens),
+            enhance_min_seconds=settings.enhance_min_seconds,
+            caption_sampling=Sampling(
+                max_tokens=settings.caption_tokens,
+                temperature=settings.caption_temperature,
+                top_p=settings.caption_top_p,
+                seed=settings.caption_seed,
+            ),
+            enhance_sampling=Sampling(
+                max_tokens=settings.enhance_tokens,
+                temperature=settings.enhance_temperature,
+                top_p=settings.enhance_top_p,
+                seed=settings.enhance_seed,
+            ),
         )
         self._fetching = asyncio.Semaphore(settings.max_concurrency)
         self._running = asyncio.Semaphore(settings.max_concurrency)
@@ -375,7 +389,7 @@ class PipelineService:
                 detailed=flag_of(options, "detailed") is not False,
                 enhance=flag_of(options, "enhance") if enhance is None else enhance,
                 level=level_of(options.get("reasoning_level")),
-                strict=flag_of(options, "strict") is True,
+                strict=flag_of(options, "strict"),
                 explain=flag_of(options, "explain") is True,
                 caption_sampling=sampling_of(options, self._policy.caption_sampling),
                 enhance_sampling=sampling_of(options, self._policy.enhance_sampling),

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from sightline import v2
 from sightline.engines.breaker import CircuitBreaker
 from sightline.engines.dialect import StepMetadata, StepName
-from sightline.engines.remote import RemoteStep, new_client
+from sightline.engines.remote import CallPolicy, RemoteStep, new_client
 from sightline.engines.remote_openai import OpenAI
 from sightline.engines.remote_v2 import V2
 from sightline.services.base import Json
@@ -83,11 +83,20 @@ class Steps:
     def _remote(
         self, step: StepName, protocol: StepProtocol, url: str, model: str, key: SecretStr | None
     ) -> RemoteStep:
-        client = new_client(self._settings.max_concurrency)
+        told = self._settings
+        authority = told.describe_ca_file if step == "caption" else told.enhance_ca_file
+        client = new_client(told.max_concurrency, authority)
         self._clients.append(client)
         dialect = OpenAI(url, model) if protocol == "openai" else V2(url, model)
         key = key or self._settings.step_api_key
-        made = RemoteStep(dialect, key.get_secret_value() if key else None, client, step=step)
+        made = RemoteStep(
+            dialect,
+            key.get_secret_value() if key else None,
+            client,
+            step=step,
+            breaker=_breaker(told, step),
+            policy=_policy(told, step),
+        )
         self.breakers[step] = made.breaker
         return made
 
@@ -95,6 +104,28 @@ class Steps:
         """Close the connections."""
         for client in self._clients:
             await client.aclose()
+
+
+def _breaker(told: PipelineSettings, step: StepName) -> CircuitBreaker:
+    if step == "caption":
+        return CircuitBreaker(
+            max_failures=told.caption_breaker_failures,
+            error_percent=told.caption_breaker_error_percent,
+            window=told.caption_breaker_min_requests,
+            open_seconds=told.caption_breaker_open_seconds,
+        )
+    return CircuitBreaker(
+        max_failures=told.enhance_breaker_failures,
+        error_percent=told.enhance_breaker_error_percent,
+        window=told.enhance_breaker_min_requests,
+        open_seconds=told.enhance_breaker_open_seconds,
+    )
+
+
+def _policy(told: PipelineSettings, step: StepName) -> CallPolicy:
+    if step == "caption":
+        return CallPolicy(told.caption_attempts, told.caption_attempt_seconds, told.caption_max_in_flight)
+    return CallPolicy(told.enhance_attempts, told.enhance_attempt_seconds, told.enhance_max_in_flight)
 
 
 class Health:
