@@ -108,8 +108,10 @@ class Output(Object):
         default="Auto",
         description="Whether the parts are joined into one results.jsonl and errors.jsonl. Auto: up to 100,000 items.",
     )
-    deletion_policy: Literal["Retain", "Delete"] = Field(
-        default="Retain", description="What happens to the outputs when this object is deleted."
+    deletion_policy: Literal["Retain"] = Field(
+        default="Retain",
+        description="What happens to the outputs when this object is deleted: they stay. Deleting them would take a "
+        "finalizer, on which a namespace can hang; a lifecycle rule of the bucket does it as well.",
     )
 
 
@@ -194,7 +196,7 @@ class BatchWork(Object):
     )
     ttl_after_finished: Duration | None = Field(
         default=None,
-        description="How long after its end this object is deleted; unset: kept. Outputs follow output.deletionPolicy.",
+        description="How long after its end this object is deleted; unset: kept. Its outputs stay.",
     )
     on_pipeline_change: Literal["Fail", "Pause"] = Field(
         default="Fail",

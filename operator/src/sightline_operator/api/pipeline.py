@@ -288,7 +288,7 @@ class Endpoint(Object):
 
 
 class Retry(Object):
-    """Further attempts at a call that failed before any of its answer came: connection errors, 502, 503, 429."""
+    """Further attempts at a call that cannot have started or was turned away: no connection, 502 of a proxy, 503."""
 
     max_attempts: int = Field(default=2, ge=1, le=10, description="Calls in all; 1: no retry.")
     per_try_timeout: PositiveDuration | None = Field(

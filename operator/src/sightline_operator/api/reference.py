@@ -174,6 +174,10 @@ def _default(field: Schema) -> str:
 
 
 def _type(field: Schema) -> str:
+    if field.get("x-kubernetes-int-or-string"):
+        return "quantity"
+    if field.get("format") == "date-time":
+        return "time"
     for key in ("allOf", "anyOf"):
         choices = [choice for choice in field.get(key, ()) if choice != {"type": "null"}]
         if choices:
@@ -181,8 +185,6 @@ def _type(field: Schema) -> str:
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
-    if field.get("x-kubernetes-int-or-string"):
-        return "quantity"
     if "enum" in field or "const" in field:
         return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
@@ -192,7 +194,7 @@ def _type(field: Schema) -> str:
         return f"map to {_type(inner)}" if isinstance(inner, dict) else "object, free"
     if field["type"] == "string":
         is_duration = any("duration(self)" in rule["rule"] for rule in field.get(VALIDATIONS, ()))
-        return "duration" if is_duration else "time" if field.get("format") == "date-time" else "string"
+        return "duration" if is_duration else "string"
     return f"{field['type']}{_bounds(field)}"
 
 

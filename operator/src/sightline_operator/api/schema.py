@@ -66,6 +66,8 @@ def _inlined(node: Schema, definitions: Mapping[str, Schema]) -> Schema:
         kept["additionalProperties"] = _inlined(node["additionalProperties"], definitions)
     if "items" in node:
         kept["items"] = _inlined(node["items"], definitions)
+    if "const" in kept:
+        kept["enum"] = [kept.pop("const")]
     for bound in ("Minimum", "Maximum"):
         limit = kept.pop(f"exclusive{bound}", None)
         if limit is not None:  # OpenAPI 3.0 has the bound and a flag
