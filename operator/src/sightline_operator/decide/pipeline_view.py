@@ -11,6 +11,7 @@ from sightline_operator.api import Pipeline
 from sightline_operator.observe.world import Key, Manifest, World
 from sightline_operator.render import HASH, is_applied
 from sightline_operator.render.names import label_value
+from sightline_operator.settings import OWNED_LABEL, OWNED_VALUE
 from sightline_operator.status.conditions import find, is_true
 from sightline_operator.status.pods import Trouble, is_ready, labelled, live, worst
 
@@ -47,7 +48,7 @@ class PipelineView:
     @classmethod
     def of(cls, cr: Manifest, spec: Pipeline, world: World, children: tuple[Manifest, ...]) -> PipelineView:
         wanted = {key_of(child): child for child in children}
-        orphans = {key: thing for key, thing in world.others.items() if key in wanted and _is_orphan(cr, spec, thing)}
+        orphans = {key: thing for key, thing in world.others.items() if key in wanted and is_orphan_of(cr, thing)}
         mine = {**world.owned, **orphans}
         strangers = {key: world.others[key] for key in wanted if key in world.others and key not in mine}
         return cls(cr, spec, cr.get("status") or {}, world, wanted, mine, strangers)
@@ -161,10 +162,14 @@ class Workload:
         return ""
 
 
-def _is_orphan(cr: Manifest, spec: Pipeline, thing: Manifest) -> bool:
-    """A model that outlives its pipeline has no owner; our labels say whose it is."""
+def is_orphan_of(cr: Manifest, thing: Manifest) -> bool:
+    """Whether it is a model that we made for this pipeline to outlive it (`deletionPolicy: OrphanModels`).
+
+    It has no owner; our labels and our mark say whose it is, also when the policy is Delete again.
+    """
     metadata = thing["metadata"]
     labels = metadata.get("labels") or {}
     is_free = not any(owner.get("controller") for owner in metadata.get("ownerReferences") or ())
-    is_named = labels.get(PIPELINE_LABEL) == label_value(cr["metadata"]["name"]) and hash_of(thing) is not None
-    return spec.deletion_policy == "OrphanModels" and thing["kind"] == "InferenceService" and is_free and is_named
+    is_marked = labels.get(OWNED_LABEL) == OWNED_VALUE and hash_of(thing) is not None
+    is_named = cr["kind"] == "VisionPipeline" and labels.get(PIPELINE_LABEL) == label_value(cr["metadata"]["name"])
+    return thing["kind"] == "InferenceService" and is_free and is_marked and is_named
