@@ -5,7 +5,7 @@ from .definitions import crds, write_crds
 from .pipeline import BATCH_NAME_LENGTH, NAME_LENGTH, Pipeline, PipelineStatus
 from .reference import json_schemas, reference, write_reference
 from .schema import structural
-from .types import Condition, Generation, Object, Resources, S3Location, SecretKeyRef, SecretRef, seconds
+from .types import Condition, Generation, Object, Resources, S3Bucket, S3Location, SecretKeyRef, SecretRef, seconds
 
 __all__ = [
     "BATCH_NAME_LENGTH",
@@ -20,6 +20,7 @@ __all__ = [
     "Pipeline",
     "PipelineStatus",
     "Resources",
+    "S3Bucket",
     "S3Location",
     "SecretKeyRef",
     "SecretRef",

@@ -25,7 +25,7 @@ from .types import (
     Reference,
     Resources,
     Rule,
-    S3Location,
+    S3Bucket,
     SecretKeyRef,
     Time,
     at_most_one,
@@ -539,9 +539,9 @@ class Gateway(Object):
 
 
 class Storage(Object):
-    """An object store: where images named by s3:// come from, and where work that outlives a request is kept."""
+    """The object store that images named by s3:// come from."""
 
-    s3: S3Location = Field(description="Bucket of a store that speaks S3.")
+    s3: S3Bucket = Field(description="Bucket of a store that speaks S3; s3:// images of any other are refused.")
 
 
 # --- batches of a pipeline -------------------------------------------------------------------------------------------
@@ -667,7 +667,7 @@ class Pipeline(Object):
     )
     gateway: Gateway = Field(description="What clients call.")
     storage: Storage | None = Field(
-        default=None, description="Object store for s3:// images and for work that outlives a request; none: neither."
+        default=None, description="Object store that s3:// images come from; none: such images are refused."
     )
     batches: tuple[PipelineBatch, ...] = Field(
         default=(),

@@ -199,8 +199,8 @@ class Generation(Object):
     )
 
 
-class S3Location(Object):
-    """A prefix of a bucket in any store that speaks S3."""
+class S3Bucket(Object):
+    """A bucket in any store that speaks S3."""
 
     rules = (
         Rule(
@@ -210,9 +210,6 @@ class S3Location(Object):
     )
     bucket: str = Field(
         min_length=3, max_length=63, pattern=r"^[a-z0-9][-.a-z0-9]*[a-z0-9]$", description="Name of the bucket."
-    )
-    prefix: str = Field(
-        default="", max_length=512, pattern=r"^[^\s]*$", description="What every key begins with; empty: nothing."
     )
     endpoint: str | None = Field(
         default=None,
@@ -238,6 +235,14 @@ class S3Location(Object):
     )
     service_account_name: DnsName | None = Field(
         default=None, description="Service account that the cloud's own identity gives rights to the bucket."
+    )
+
+
+class S3Location(S3Bucket):
+    """A prefix of a bucket in any store that speaks S3."""
+
+    prefix: str = Field(
+        default="", max_length=512, pattern=r"^[^\s]*$", description="What every key begins with; empty: nothing."
     )
 
 

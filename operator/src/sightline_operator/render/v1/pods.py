@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sightline_operator.api import Resources, S3Location
+from sightline_operator.api import Resources, S3Bucket
 from sightline_operator.render.names import without_empty
 
 HTTP_PORT = 8080
@@ -64,7 +64,7 @@ def from_secret(variable: str, secret: str, key: str, *, is_optional: bool = Fal
     return {"name": variable, "valueFrom": {"secretKeyRef": source}}
 
 
-def s3_credentials(s3: S3Location | None) -> list[dict[str, Any]]:
+def s3_credentials(s3: S3Bucket | None) -> list[dict[str, Any]]:
     """Variables that name, never hold, who may use the store."""
     if s3 is None or s3.credentials_secret_ref is None:
         return []
