@@ -39,6 +39,8 @@ class Proxy:
     is_stale: bool = False
     rejected: int = 0
     calls: list[tuple[str, str]] = field(default_factory=list)
+    queries: list[tuple[str, str]] = field(default_factory=list)
+    """Method and dryRun of each call."""
     watches: set[asyncio.Task[Any]] = field(default_factory=set)
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
@@ -81,6 +83,7 @@ async def proxying(apiserver: ApiServer) -> AsyncIterator[Proxy]:
 async def _handle(proxy: Proxy, session: aiohttp.ClientSession, request: web.Request) -> web.StreamResponse:
     is_watch = request.query.get("watch") in ("1", "true")
     proxy.calls.append((request.method, request.path))
+    proxy.queries.append((request.method, request.query.get("dryRun", "")))
     if proxy.rng.random() < proxy.reject_share and "/leases" not in request.path:
         proxy.rejected += 1
         return web.json_response(TOO_MANY, status=429, headers={"Retry-After": "1"})

@@ -154,7 +154,8 @@ def test_what_an_object_names() -> None:
         "input": {"retryOf": {"batchName": "b"}},
     }
     wanted = {("ServingRuntime", "rt"), ("InferenceService", "llm"), ("VisionPipeline", "p"), ("VisionBatch", "b")}
-    assert named_by({"spec": spec}) == wanted
+    metadata = {"name": "x", "namespace": "ns"}
+    assert named_by({"kind": "VisionBatch", "metadata": metadata, "spec": spec}) == wanted
 
 
 def test_the_two_pod_watches_share_nothing() -> None:

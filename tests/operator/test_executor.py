@@ -155,7 +155,9 @@ async def test_a_field_of_ours_that_somebody_changes_is_put_back_and_told(
     assert after["spec"] == before["spec"]
     assert OWNED_LABEL in after["metadata"]["labels"]
     assert report.drift["object"] == "Deployment/child"
-    assert any(field == path or field.startswith(f"{path}.") or path.startswith(f"{field}") for field in report.drift["fields"])
+    assert any(
+        field == path or field.startswith(f"{path}.") or path.startswith(f"{field}") for field in report.drift["fields"]
+    )
     assert [event["reason"] for event in user.events()].count("DriftRepaired") == 1
 
 

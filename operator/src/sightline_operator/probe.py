@@ -18,7 +18,7 @@ MAX_TICK_AGE_SECONDS = 10.0
 MAX_SILENCE_SECONDS = 3 * 70.0
 MAX_QUEUE_AGE_SECONDS = 300.0
 MAX_MISSES = 2
-"""Lists in a row that knew something which Kopf's watch had not told."""
+"""Lists that knew something which Kopf's watch had not told, and no news from it in between."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Health:
     """What the probes look at.
 
     heard    loop time of each watch's last sign of life, by kind; None while the kind is absent
-    misses   lists in a row, by kind, that showed what the watch had missed
+    misses   lists, by kind, that showed what the watch had missed, since it last told something new
     """
 
     clock: Callable[[], float]
@@ -49,7 +49,7 @@ class Health:
                 found.append(f"the watch of {kind} has been silent for {now - at:.0f} s")
         for kind, count in self.misses.items():
             if count >= MAX_MISSES:
-                found.append(f"the watch of {kind} is deaf: {count} lists in a row knew more")
+                found.append(f"the watch of {kind} is deaf: {count} lists knew more, and it told nothing")
         if (age := self.oldest_age()) > MAX_QUEUE_AGE_SECONDS:
             found.append(f"an object has waited {age:.0f} s in the queue")
         return found

@@ -114,10 +114,9 @@ class Operator:
             return
 
     def _on_event(self, type_: str | None, obj: Mapping[str, Any]) -> None:
-        if type_ == "DELETED":
-            self.cache.remove(obj)
-        else:
-            self.cache.put(obj)
+        is_news = self.cache.remove(obj) if type_ == "DELETED" else self.cache.put(obj)
+        if is_news:
+            self._health.misses.pop(str(obj["kind"]), None)  # it hears
 
     def _on_kind(self, resource: Resource, is_served: bool) -> None:
         """A kind of another project came or went: everybody may be concerned."""
@@ -141,8 +140,9 @@ class Operator:
             if news:
                 await asyncio.sleep(WATCH_GRACE_SECONDS)
             missed = sum(self.cache.put(obj) for obj in news)
-            metrics.WATCH_MISSED.labels(resource.kind).inc(missed)
-            self._health.misses[resource.kind] = self._health.misses.get(resource.kind, 0) + 1 if missed else 0
+            if missed:
+                metrics.WATCH_MISSED.labels(resource.kind).inc(missed)
+                self._health.misses[resource.kind] = self._health.misses.get(resource.kind, 0) + 1
             here = scope
             self.cache.replace(
                 resource.kind, lambda obj, here=here: here in (None, obj["metadata"]["namespace"]), objs, since

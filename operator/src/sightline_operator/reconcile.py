@@ -109,7 +109,7 @@ class Reconciler:
                 raise
             drift = report.drift or drift
             notes |= dict.fromkeys(decision.notes)
-            is_settled = not self._note_strangers(key, report) and not report.written
+            is_settled = not (self._note_strangers(key, report) or report.written or report.is_news)
             if is_settled or round_ == ROUNDS - 1:
                 await self._executor.report(cr, decision.status, drift)
                 await self._executor.announce(cr, tuple(notes))

@@ -53,6 +53,7 @@ class Report:
     """What was done, and what is left.
 
     strangers        names that we want and somebody else's objects have
+    is_news          children were found that the cache did not know: what was decided was decided without them
     requeue_seconds  when a repair that was put off may be done
     drift            the last repair, as status.lastDrift
     """
@@ -60,6 +61,7 @@ class Report:
     written: list[str] = field(default_factory=list)
     created: list[str] = field(default_factory=list)
     strangers: dict[Ref, Object] = field(default_factory=dict)
+    is_news: bool = False
     requeue_seconds: float | None = None
     drift: dict[str, Any] | None = None
 
@@ -167,6 +169,7 @@ class Executor:
                 self._miss(ref, missing, report)
             elif self._is_ours(cr, live):
                 self._cache.put(live, by=Key(*ref_of(cr)))
+                report.is_news = True
             else:
                 report.strangers[ref] = live
                 metrics.APPLIES.labels(ref.kind, "conflict").inc()
@@ -224,6 +227,9 @@ class Executor:
                 live = await self._live(action.manifest)
                 if live is not None and not self._is_ours(cr, live):
                     report.strangers[ref] = live
+                elif live is not None:
+                    self._cache.put(live, by=Key(*ref_of(cr)))
+                    report.is_news = True
                 return
         else:
             answer = await self._client.apply(action.manifest, is_dry_run=self._is_dry_run)

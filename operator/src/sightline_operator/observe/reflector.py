@@ -101,15 +101,13 @@ class Reflector:
         self._note_served(True)
         loop = asyncio.get_running_loop()
         until = loop.time() + self._jittered(self._relist_seconds)
-        while (left := until - loop.time()) > 1:
-            since = await self._watch(since, int(min(left, 290)))
+        while (left := until - loop.time()) > 0:
+            since = await self._watch(since, max(1, int(min(left, 290))))
 
     async def _watch(self, since: str, seconds: int) -> str:
         """One stream; returns the version to go on from."""
         loop = asyncio.get_running_loop()
-        stream = self._client.watch(
-            self.resource, self.namespace, since, version=self._version, seconds=max(1, seconds)
-        )
+        stream = self._client.watch(self.resource, self.namespace, since, version=self._version, seconds=seconds)
         try:
             async for type_, obj in stream:
                 self.heard_at = loop.time()
