@@ -151,7 +151,7 @@ class Cluster:
         self.log.append((key, copy.deepcopy(thing)))
 
     def of_kind(self, kind: str) -> list[Object]:
-        return [copy.deepcopy(thing) for (k, _), thing in sorted(self.objects.items()) if k == kind]
+        return [copy.deepcopy(self.objects[key]) for key in sorted(self.objects) if key[0] == kind]
 
     def edit(self, key: Key, **spec: Any) -> None:
         """What a user does: change fields of the spec."""
@@ -414,7 +414,12 @@ class Operator:
     notes: list[Note] = field(default_factory=list)
 
     def relist(self) -> None:
-        self.seen = copy.deepcopy(self.cluster.objects)
+        """What is there now. What has not changed since is the same copy."""
+        self.seen = {key: self._copy(key, thing) for key, thing in self.cluster.objects.items()}
+
+    def _copy(self, key: Key, thing: Object) -> Object:
+        known = self.seen.get(key)
+        return known if known == thing else copy.deepcopy(thing)
 
     def deliver(self, event: tuple[Key, Object | None]) -> None:
         key, thing = event
@@ -437,13 +442,13 @@ class Operator:
         is_batch = cr["kind"] == "VisionBatch"
         return World(
             now=self.cluster.now,
-            owned=copy.deepcopy(owned),
-            others=copy.deepcopy(others),
-            pods=copy.deepcopy(pods),
+            owned=owned,
+            others=others,
+            pods=pods,
             kinds=self.cluster.kinds,
             answers=answers,
             progress=self.cluster.progress(cr) if is_batch else None,
-            batches=copy.deepcopy(batches) if not is_batch else (),
+            batches=() if is_batch else batches,
         )
 
     def decide(self, key: Key) -> Decision | None:
@@ -451,7 +456,7 @@ class Operator:
         if cr is None:
             return None
         decide = decide_pipeline if key[0] == "VisionPipeline" else decide_batch
-        return decide(copy.deepcopy(cr), self.world(cr), SETTINGS)
+        return decide(cr, self.world(cr), SETTINGS)
 
     def reconcile(self, key: Key) -> bool:
         """Decide on what is cached, act on what is there. Returns whether anything was written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -54,8 +55,18 @@ def cluster_of(*things: dict[str, Any]) -> Cluster:
     return cluster
 
 
+_CALM: dict[str, dict[str, Any]] = {}
+
+
 def calm(*things: dict[str, Any], edits: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """What comes of the same wishes when nothing goes wrong."""
+    wishes = json.dumps([things, edits], sort_keys=True)
+    if wishes not in _CALM:
+        _CALM[wishes] = undisturbed(*things, edits=edits)
+    return _CALM[wishes]
+
+
+def undisturbed(*things: dict[str, Any], edits: list[dict[str, Any]] | None) -> dict[str, Any]:
     cluster = cluster_of(*things)
     operator = Operator(cluster)
     for edit in edits or []:
