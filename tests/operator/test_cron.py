@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sightline_operator.decide.cron import BadSchedule, Cron
 
 MONDAY = datetime(2026, 1, 5, 12, 0, tzinfo=UTC)

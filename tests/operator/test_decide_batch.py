@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sightline_operator.contract import Exit, LastWords, Plan, Progress
 from sightline_operator.decide import decide_batch
 from sightline_operator.decide.batch_progress import spoken

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+
 from sightline_operator.decide import decide_pipeline
 from sightline_operator.decide.decision import Apply, Decision, Delete
 from sightline_operator.observe.world import World

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sightline_operator.status.conditions import MAX_MESSAGE, Condition, find, merged
 from sightline_operator.status.pods import Fault, worst
 from sightline_operator.status.times import moment, stamp
