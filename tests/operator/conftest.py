@@ -24,7 +24,7 @@ START_SECONDS = 180
 HOW_TO_GET_THEM = (
     "The operator's API server tests need etcd, kube-apiserver and kubectl in one folder, named by KUBEBUILDER_ASSETS. "
     "Get them by `export KUBEBUILDER_ASSETS=$(setup-envtest use -p path)`, "
-    "where setup-envtest is `go install sigs.k8s.io/controller-runtime/tools/setup-envtest@latest`"
+    "where setup-envtest is controller-runtime's tool of that name (Go)"
 )
 
 
