@@ -1,4 +1,4 @@
-"""Every training runs from nothing to a checkpoint with all its files: two steps of each, the way `make tiny` starts it."""
+"""Every training runs from nothing to a checkpoint with all its files: two steps of each, as `make tiny` starts it."""
 
 import json
 from pathlib import Path

@@ -116,6 +116,7 @@ def _draw(make_block: Callable[[int], Block], indices: Iterable[int], drawn: Que
             except queue.Full:
                 continue
         else:
+            drawn.cancel_join_thread()  # nobody will read what is left, and this process holds a reading end itself
             return
 
 
