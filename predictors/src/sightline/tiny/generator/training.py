@@ -144,7 +144,7 @@ class Exam:
         return {kind: round(float(np.mean(found)), 4) for kind, found in right.items()}
 
 
-LEGS = (3000, 700)
+LEGS = (3000, 4800)
 """Optimiser steps of each leg, which has fresh pictures and a learning-rate schedule of its own. The first trains all,
 the second goes on with the tower as it is."""
 BATCH = 16
