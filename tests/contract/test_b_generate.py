@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from sightline.settings import TINY, GenerateSettings, load
 from tests.conftest import ROOT, START_SECONDS, Launcher, Server
@@ -293,9 +294,11 @@ class TestB6Sampling:
         assert len(answers) == 1
 
     def test_a_seed_repeats_the_answer_and_others_differ(self, http):
+        unheard_of = encoded(Image.effect_noise((160, 160), 120).convert("RGB"))  # of what it knows it is too sure
+
         def ask(seed: int) -> str:
-            options = {"prompt": "x", "temperature": 2.0, "top_p": 1.0, "seed": seed, "max_tokens": 16}
-            return http.post("/generate/text", json=options).json()["output"]
+            options = {"prompt": "Describe this image.", "temperature": 2.0, "top_p": 1.0, "seed": seed}
+            return http.post("/generate/image", data=options, files=upload(unheard_of)).json()["output"]
 
         assert ask(1) == ask(1)
         assert len({ask(seed) for seed in range(6)}) > 1
