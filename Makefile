@@ -32,7 +32,7 @@ conformance: .venv/.dev ## The conformance table of our six models and of stock 
 	@$(BIN)/python tests/conformance/table.py --write
 
 .PHONY: tiny
-tiny: .venv/.dev ## Train the small checkpoints again from SEED and report (estimated: 105 minutes on two cores)
+tiny: .venv/.dev ## Train the small checkpoints again from SEED and report (about four hours on two cores, estimated)
 	@$(BIN)/python -m sightline.tiny train all --seed $(or $(SEED),0)
 	@$(BIN)/python -m sightline.tiny report
 

@@ -6,7 +6,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.nursery import Forked, Nursery
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 600
@@ -31,7 +32,7 @@ class Server:
 
     name: str
     port: int
-    process: subprocess.Popen[bytes]
+    process: Forked
     log_path: Path
     headers: dict[str, str] = field(default_factory=dict)
     grpc_port: int = 0
@@ -84,6 +85,9 @@ class Server:
         return self.process.wait()
 
 
+NURSERY = Nursery()
+
+
 class Launcher:
     """Starts servers and stops them all at the end."""
 
@@ -102,12 +106,9 @@ class Launcher:
             "HF_HUB_OFFLINE": "1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sightline", "serve", *name.split(), "--host", "127.0.0.1",
-                 "--port", str(port), "--grpc-port", str(grpc_port), "--auth", auth, *flags],
-                stdout=log, stderr=log, env=clean | (env or {}), cwd=self._folder,
-            )  # fmt: skip
+        words = [*name.split(), "--host", "127.0.0.1", "--port", str(port), "--grpc-port", str(grpc_port),
+                 "--auth", auth, *flags]  # fmt: skip
+        process = NURSERY.start(words, log_path, clean | (env or {}), self._folder)
         server = Server(name, port, process, log_path, grpc_port=grpc_port)
         self.servers.append(server)
         return server
@@ -118,6 +119,10 @@ class Launcher:
                 server.process.send_signal(signal.SIGTERM)
         for server in self.servers:
             server.stop()
+
+
+def pytest_unconfigure() -> None:
+    NURSERY.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from sightline.tiny import GENERATE, HELD_OUT_DESCRIBE, answers, dialogue, is_held_out, scenes
-from sightline.tiny import generator as g
+from sightline.tiny.generator import checkpoint, conversations, forward, pictures
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return g.make_tokenizer()
+    return checkpoint.make_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def fresh(tokenizer, tmp_path_factory):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = tmp_path_factory.mktemp("fresh")
-    g.save(g.make_model(len(tokenizer), seed=1), tokenizer, folder)
+    checkpoint.save(checkpoint.make_model(len(tokenizer), seed=1), tokenizer, folder)
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
@@ -36,7 +36,7 @@ def seed() -> int:
     return seed
 
 
-def pictures(seed: int, count: int):
+def draw(seed: int, count: int):
     rng = np.random.default_rng(seed)
     return [scenes.render(scenes.draw_scene(rng, 2, sides=(96, 600))) for _ in range(count)]
 
@@ -53,20 +53,20 @@ def asked(processor, images, prompt: str, system: str | None):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_our_patches_equal_the_processor_s(fresh, seed: int) -> None:
-    (image,) = pictures(seed, 1)
+    (image,) = draw(seed, 1)
     theirs = fresh[1].image_processor(images=[image], return_tensors="pt")
-    canvas = g.to_canvas(np.asarray(image))
-    assert list(g.grid_of(canvas)) == theirs["image_grid_thw"][0, 1:].tolist()
-    torch.testing.assert_close(g.patchify(canvas), theirs["pixel_values"].flatten(1), rtol=0, atol=1e-6)
+    canvas = pictures.to_canvas(np.asarray(image))
+    assert list(pictures.grid_of(canvas)) == theirs["image_grid_thw"][0, 1:].tolist()
+    torch.testing.assert_close(pictures.patchify(canvas), theirs["pixel_values"].flatten(1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("images", "system"), [(0, None), (1, None), (3, "Answer briefly.")])
 def test_our_forward_equals_the_model_s(fresh, tokenizer, images: int, system: str | None) -> None:
     model, processor = fresh
-    shown = pictures(7, images)
-    canvases = [g.to_canvas(np.asarray(image)) for image in shown] or [np.zeros((3, 96, 96), np.uint8)]
-    grids = [g.grid_of(canvas) for canvas in canvases]
-    talk = g.Conversations(tokenizer.backend_tokenizer)
+    shown = draw(7, images)
+    canvases = [pictures.to_canvas(np.asarray(image)) for image in shown] or [np.zeros((3, 96, 96), np.uint8)]
+    grids = [pictures.grid_of(canvas) for canvas in canvases]
+    talk = conversations.Conversations(tokenizer.backend_tokenizer)
     turns = [
         talk.turn("Hello", "a star", grids),
         talk.turn("Which image holds a star?", "images 1 and 3", grids, tuple(range(images)), system=system or ""),
@@ -78,16 +78,16 @@ def test_our_forward_equals_the_model_s(fresh, tokenizer, images: int, system: s
 
     seen = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
     with torch.no_grad():
-        patches = torch.cat([g.patchify(canvas) for canvas in canvases])
-        merged = g.project(model, g.see(model, patches, grids), grids)
-        ours, wanted = g.tell(model, merged, grids, turns, g.Experts(model))
+        patches = torch.cat([pictures.patchify(canvas) for canvas in canvases])
+        merged = forward.project(model, forward.see(model, patches, grids), grids)
+        ours, wanted = forward.tell(model, merged, grids, turns, forward.Experts(model))
         theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), **seen).logits[0, answer_at - 1 : -1]
     assert wanted[-len(theirs) :].tolist() == turns[1].ids[answer_at:]
     torch.testing.assert_close(ours[-len(theirs) :], theirs, rtol=0, atol=5e-5)
 
 
 def test_a_block_depends_on_seed_and_index_only() -> None:
-    first, again = (g.make_sample(np.random.default_rng([5, 9]), 0.5) for _ in range(2))
+    first, again = (pictures.make_sample(np.random.default_rng([5, 9]), 0.5) for _ in range(2))
     assert scenes.caption(first.views[0].scene) == scenes.caption(again.views[0].scene)
     assert (first.canvas == again.canvas).all()
 
@@ -95,21 +95,59 @@ def test_a_block_depends_on_seed_and_index_only() -> None:
 def test_training_scenes_never_hold_a_held_out_caption() -> None:
     rng = np.random.default_rng(3)
     for _ in range(100):
-        for one in g.make_sample(rng, 1.0).views:
+        for one in pictures.make_sample(rng, 1.0).views:
             assert not is_held_out(scenes.caption(one.scene), HELD_OUT_DESCRIBE)
 
 
 def test_a_mirrored_view_says_what_the_mirrored_picture_shows() -> None:
-    sample = g.make_sample(np.random.default_rng(1), 1.0)
+    sample = pictures.make_sample(np.random.default_rng(1), 1.0)
     turned = scenes.mirrored(sample.views[0].scene)
-    again = g.to_canvas(np.asarray(scenes.render(turned)))
+    again = pictures.to_canvas(np.asarray(scenes.render(turned)))
     assert np.abs(again.astype(int) - sample.canvas[..., ::-1]).mean() < 3
-    assert (g.view(turned, again).looks == sample.views[1].looks).all()
+    assert (pictures.view(turned, again).looks == sample.views[1].looks).all()
+
+
+def which_turns(tokenizer, count: int):
+    rng = np.random.default_rng(11)
+    samples = [pictures.make_sample(rng, 0.7) for _ in range(12)]
+    shown = pictures.Pictures.of([(sample, False) for sample in samples])
+    asked = conversations.Asked(captions=1, which=count, lists=1, texts=1)
+    turns = conversations.Conversations(tokenizer.backend_tokenizer).draw(rng, shown, asked)
+    return [turn for turn in turns if turn.kind == "which"], shown
+
+
+def test_the_hints_name_the_pictures_of_the_answer(tokenizer) -> None:
+    turns, _ = which_turns(tokenizer, 40)
+    assert len(turns) == 40
+    for turn in turns:
+        answer = tokenizer.decode(turn.ids[turn.answer_at : -1])
+        assert answer == dialogue.which_answer(fit == 1.0 for fit in turn.found())
+        assert tokenizer.decode([turn.ids[turn.asks_at + 1]]) == "?"
+
+
+def test_the_hints_point_at_tokens_of_pictures_that_fit(tokenizer) -> None:
+    for turn in which_turns(tokenizer, 40)[0]:
+        shares = turn.pointing()
+        assert shares.sum() == pytest.approx(1.0)
+        if not any(turn.found()):
+            assert shares.argmax() == 0
+            continue
+        assert {turn.ids[row] for row in np.flatnonzero(shares)} == {checkpoint.PAD}
+        assert np.count_nonzero(shares) == sum(turn.fits)
+
+
+def test_every_hint_looks_back_only(tokenizer) -> None:
+    for turn in which_turns(tokenizer, 20)[0]:
+        for layer, row, shares in turn.hints():
+            assert 0 <= layer < checkpoint.TEXT_LAYERS
+            assert row < len(turn.ids) - 1
+            assert len(shares) == row + 1
+            assert shares.sum() == pytest.approx(1.0)
 
 
 def test_experts_share_memory_with_the_model_and_are_balanced(tokenizer) -> None:
-    model = g.make_model(len(tokenizer), seed=2)
-    experts = g.Experts(model)
+    model = checkpoint.make_model(len(tokenizer), seed=2)
+    experts = forward.Experts(model)
     layer = model.model.language_model.layers[1].mlp
     with torch.no_grad():
         experts.up[1][3].fill_(7.0)
@@ -137,7 +175,7 @@ def test_the_checkpoint_loads_whole_and_is_small() -> None:
     assert type(model).__name__ == "KimiVLForConditionalGeneration"
     assert (GENERATE / "model.safetensors").stat().st_size < 10_000_000
     assert model.config.sightline_demo_model is True
-    assert model.config.sightline_model_name == g.MODEL_NAME
+    assert model.config.sightline_model_name == checkpoint.MODEL_NAME
 
 
 def test_the_weights_have_the_published_names() -> None:

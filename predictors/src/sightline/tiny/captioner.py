@@ -13,13 +13,11 @@ meaning is the larger of the two extents: it is a share of the picture's shorter
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +35,6 @@ from transformers import (
 )
 
 from sightline.tiny import HELD_OUT_DESCRIBE, is_held_out, scenes
-
-if TYPE_CHECKING:
-    from multiprocessing.queues import Queue
 
 MODEL_NAME = "sightline-tiny-blip"
 SIDE = 144
@@ -250,8 +245,8 @@ class Sample:
     canvas     (3, SIDE, SIDE) uint8, as the image processor resizes it
     captions   of the picture and of its mirror image
     looks      (4, CELLS, CELLS) int8: colour, shape, size, role of the object under each patch; -1 = ground
-    spans      (4, CELLS, CELLS) float16, in patches: x, y from the patch to the centre of its object, half width and
-               half height of the object
+    spans      (5, CELLS, CELLS) float16, in patches: x, y from the patch to the centre of its object, half width,
+               half height, and the larger of the two, which decides between small and large
     """
 
     canvas: np.ndarray
@@ -274,7 +269,7 @@ def labels(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
     An object squeezed so thin that it holds no patch's centre is still known to the patch of its own centre.
     """
     looks = np.full((4, CELLS, CELLS), -1, np.int8)
-    spans = np.zeros((4, CELLS, CELLS), np.float16)
+    spans = np.zeros((5, CELLS, CELLS), np.float16)
     y, x = np.mgrid[0:CELLS, 0:CELLS] + 0.5
     for thing, role in zip(scene.objects, _roles(scene), strict=True):
         cx, cy = thing.centre_x / scene.width * CELLS, thing.centre_y / scene.height * CELLS
@@ -290,14 +285,14 @@ def labels(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
         for plane, fact in zip(looks, facts, strict=True):
             plane[inside] = fact
         spans[0][inside], spans[1][inside] = (cx - x)[inside], (cy - y)[inside]
-        spans[2][inside], spans[3][inside] = rx, ry
+        spans[2][inside], spans[3][inside], spans[4][inside] = rx, ry, max(rx, ry)
     return looks, spans
 
 
 def make_sample(rng: np.random.Generator, two_share: float) -> Sample:
     """Draw a scene outside the held-out slice and bring it through file bytes to the canvas."""
     objects = 2 if rng.random() < two_share else 1
-    sides = scenes.SIDES if rng.random() < 0.15 else (96, 700)
+    sides = scenes.SIDES if rng.random() < 0.08 else (96, 420)  # large ones cost more to draw and look the same
     while True:
         scene = scenes.draw_scene(rng, objects, sides=sides)
         captions = scenes.caption(scene), scenes.caption(scenes.mirrored(scene))
@@ -321,24 +316,6 @@ def make_block(seed: int, index: int) -> list[Sample]:
     rng = np.random.default_rng([seed, index])
     two_share = float(np.clip((index - 16) / 32, 0, TWO_SHARE))
     return [make_sample(rng, two_share) for _ in range(BLOCK)]
-
-
-def _work(blocks_out: Queue[list[Sample]], seed: int, blocks: range) -> None:
-    """The drawing process: one block after the other until the parent has had enough or is gone."""
-    torch.set_num_threads(1)
-    if hasattr(os, "nice"):
-        os.nice(5)
-    parent = multiprocessing.parent_process()
-    for index in blocks:
-        block = make_block(seed, index)
-        while parent is not None and parent.is_alive():
-            try:
-                blocks_out.put(block, timeout=5)
-                break
-            except queue.Full:
-                continue
-        else:
-            return
 
 
 RETURNS = (0, 7, 19)
@@ -380,12 +357,12 @@ class Looks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.facts = nn.Linear(WIDTH, sum(LOOK_WIDTHS))
-        self.spans = nn.Linear(WIDTH, 4)
+        self.spans = nn.Linear(WIDTH, 5)
 
     def loss(self, seen: Tensor, looks: Tensor, spans: Tensor) -> Tensor:
         """Cross entropy of the four facts plus the absolute error of the spans, over patches that hold an object.
 
-        seen (B, N - 1, D), without the class token · looks (B, 4, N - 1) int · spans (B, 4, N - 1)
+        seen (B, N - 1, D), without the class token · looks (B, 4, N - 1) int · spans (B, 5, N - 1)
         """
         held = looks[:, 0] >= 0
         tokens = seen[held]
@@ -398,7 +375,7 @@ class Looks(nn.Module):
 def collate(samples: list[Sample], flips: np.ndarray) -> tuple[Tensor, list[str], Tensor, Tensor]:
     """Stack samples, mirrored where asked.
 
-    returns canvases (B, 3, SIDE, SIDE) uint8 · captions · looks (B, 4, N - 1) · spans (B, 4, N - 1)
+    returns canvases (B, 3, SIDE, SIDE) uint8 · captions · looks (B, 4, N - 1) · spans (B, 5, N - 1)
     """
     canvases, captions, looks, spans = [], list[str](), [], []
     for sample, flip in zip(samples, flips, strict=True):
@@ -409,8 +386,8 @@ def collate(samples: list[Sample], flips: np.ndarray) -> tuple[Tensor, list[str]
             span[0] *= -1
         canvases.append(canvas)
         captions.append(sample.captions[int(flip)])
-        looks.append(look.reshape(4, -1))
-        spans.append(span.reshape(4, -1))
+        looks.append(look.reshape(len(look), -1))
+        spans.append(span.reshape(len(span), -1))
     return (
         torch.from_numpy(np.stack(canvases)),
         captions,
@@ -457,17 +434,12 @@ def exact(model: BlipForConditionalGeneration, tokenizer: Tokenizer, samples: li
     return one, two
 
 
-LEGS = (1058, 1105, 872)
+LEGS = (1058, 1105, 872, 2600)
 """Optimiser steps of each leg. Every leg has fresh pictures and a learning-rate schedule of its own, and goes on from
 the weights of the one before."""
 BATCH = 32
 SETTLED = 60
 """First block of a resumed training: past the curriculum's single objects."""
-
-
-def _endless(drawn: Queue[list[Sample]]) -> Iterator[list[Sample]]:
-    while True:
-        yield drawn.get()
 
 
 def _gradients(
@@ -511,7 +483,7 @@ def train(
     resume   go on from the weights in `out`, with a fresh learning-rate schedule; take another seed for fresh pictures
     returns  what the report needs: steps, minutes, images, seed
     """
-    from sightline.tiny.training import Bar, Budget, Optimiser, rate
+    from sightline.tiny.training import Bar, Budget, Optimiser, drawing, rate
 
     processor = make_processor()
     tokenizer = processor.tokenizer.backend_tokenizer
@@ -521,42 +493,40 @@ def train(
     model.train()
     save(model, processor, out)
     looks = Looks()
-    optimiser = Optimiser([*model.named_parameters(), *looks.named_parameters()], (".layers.", ".layer."))
+    optimiser = Optimiser(
+        [*model.named_parameters(), *looks.named_parameters()],
+        (".layers.", ".layer."),
+        muon_rate=2e-3 if resume else 3e-3,
+        adam_rate=7e-4 if resume else 1e-3,
+    )
     exam = [s for index in range(2) for s in make_block(seed + 1_000_003, 10_000 + index)]
 
-    context = multiprocessing.get_context("spawn")
-    drawn: Queue[list[Sample]] = context.Queue(maxsize=24)
     first = SETTLED if resume else 0
     blocks = range(first, first + steps * BATCH // (BLOCK * len(RETURNS)) + 400)
-    worker = context.Process(target=_work, args=(drawn, seed, blocks), daemon=True)
-    worker.start()
     budget = Budget(steps, minutes)
     rng = np.random.default_rng([seed, 2])
     step, last = 0, 0.0
     one = two = 0.0
-    source = batches(_endless(drawn), seed, BATCH)
-    try:
-        with Bar("blip", steps) as bar:
-            while (done := budget.progress(step)) < 1.0:
-                loss, aid = _gradients(
-                    model,
-                    looks,
-                    tokenizer,
-                    next(source),
-                    rng,
-                    hides_words=done < 0.75,
-                    aid_weight=0.25 if done < 0.6 else 0.1,
-                    is_rough=done < 0.85,
-                )
-                optimiser.step(rate(done))
-                step += 1
-                if budget.elapsed_minutes() - last > 2.5:
-                    last = budget.elapsed_minutes()
-                    one, two = exact(model, tokenizer, exam)
-                    save(model, processor, out)
-                bar.step(loss=loss, aid=aid, one=one, two=two)
-    finally:
-        worker.terminate()
+    with drawing(partial(make_block, seed), blocks) as drawn, Bar("blip", steps) as bar:
+        source = batches(drawn, seed, BATCH)
+        while (done := budget.progress(step)) < 1.0:
+            loss, aid = _gradients(
+                model,
+                looks,
+                tokenizer,
+                next(source),
+                rng,
+                hides_words=done < 0.75,
+                aid_weight=0.25 if done < 0.6 else 0.1,
+                is_rough=done < 0.7,
+            )
+            optimiser.step(rate(done))
+            step += 1
+            if budget.elapsed_minutes() - last > 2.5:
+                last = budget.elapsed_minutes()
+                one, two = exact(model, tokenizer, exam)
+                save(model, processor, out)
+            bar.step(loss=loss, aid=aid, one=one, two=two)
     model.eval()
     save(model, processor, out)
     return {"steps": step, "images": step * BATCH, "seed": seed, "minutes": round(budget.elapsed_minutes(), 1)}

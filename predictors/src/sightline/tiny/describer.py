@@ -14,13 +14,11 @@ known any more; at 16 on 144 it is 0.6 % (counted on 15,000 scenes drawn by `sce
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,9 +38,6 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sightline.tiny import HELD_OUT_DESCRIBE, bpe, is_held_out, scenes
-
-if TYPE_CHECKING:
-    from multiprocessing.queues import Queue
 
 MODEL_NAME = "sightline-tiny-qwen2.5-vl"
 PATCH = 12
@@ -458,25 +453,6 @@ def make_block(tokenizer: Tokenizer, seed: int, index: int) -> list[Sample]:
     return [make_sample(rng, tokenizer, two_share) for _ in range(BLOCK)]
 
 
-def _work(blocks_out: Queue[list[Sample]], tokenizer_json: str, seed: int, blocks: range) -> None:
-    """The drawing process: one block after the other until the parent has had enough or is gone."""
-    torch.set_num_threads(1)
-    if hasattr(os, "nice"):
-        os.nice(5)
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    parent = multiprocessing.parent_process()
-    for index in blocks:
-        block = make_block(tokenizer, seed, index)
-        while parent is not None and parent.is_alive():
-            try:
-                blocks_out.put(block, timeout=5)
-                break
-            except queue.Full:
-                continue
-        else:
-            return
-
-
 RETURNS = (0, 7, 19)
 """Each sample is used three times: in the step its block arrives, and this many blocks later; mirrored at random."""
 
@@ -629,11 +605,6 @@ SETTLED = 60
 """First block of a resumed training: past the curriculum's single objects."""
 
 
-def _endless(drawn: Queue[list[Sample]]) -> Iterator[list[Sample]]:
-    while True:
-        yield drawn.get()
-
-
 def _gradients(
     model: Qwen2_5_VLForConditionalGeneration,
     looks: Looks,
@@ -669,7 +640,7 @@ def train(
     resume   go on from the weights in `out`, with a fresh learning-rate schedule; take another seed for fresh pictures
     returns  what the report needs: steps, minutes, images, seed
     """
-    from sightline.tiny.training import Bar, Budget, Optimiser, rate
+    from sightline.tiny.training import Bar, Budget, Optimiser, drawing, rate
 
     processor = make_processor()
     tokenizer = processor.tokenizer.backend_tokenizer
@@ -682,34 +653,27 @@ def train(
     optimiser = Optimiser([*model.named_parameters(), *looks.named_parameters()], (".blocks.", ".layers.", ".merger."))
     exam = [s for index in range(2) for s in make_block(tokenizer, seed + 1_000_003, 10_000 + index)]
 
-    context = multiprocessing.get_context("spawn")
-    drawn: Queue[list[Sample]] = context.Queue(maxsize=24)
     first = SETTLED if resume else 0
     blocks = range(first, first + steps * BATCH * PARTS // (BLOCK * len(RETURNS)) + 400)
-    worker = context.Process(target=_work, args=(drawn, tokenizer.to_str(), seed, blocks), daemon=True)
-    worker.start()
     budget = Budget(steps, minutes)
     rng = np.random.default_rng([seed, 2])
     step, last = 0, 0.0
     one = two = 0.0
-    source = batches(_endless(drawn), seed, BATCH)
-    try:
-        with Bar("describe", steps) as bar:
-            while (done := budget.progress(step)) < 1.0:
-                loss = aid = 0.0
-                for _ in range(PARTS):
-                    hidden = rng if done < 0.75 else None
-                    turns = draw_turns(rng, tokenizer)
-                    loss, aid = _gradients(model, looks, next(source), turns, hidden, 0.25 if done < 0.6 else 0.1)
-                optimiser.step(rate(done))
-                step += 1
-                if budget.elapsed_minutes() - last > 2.5:
-                    last = budget.elapsed_minutes()
-                    one, two = exact(model, tokenizer, exam)
-                    save(model, processor, out)
-                bar.step(loss=loss, aid=aid, one=one, two=two)
-    finally:
-        worker.terminate()
+    with drawing(partial(make_block, tokenizer, seed), blocks) as drawn, Bar("describe", steps) as bar:
+        source = batches(drawn, seed, BATCH)
+        while (done := budget.progress(step)) < 1.0:
+            loss = aid = 0.0
+            for _ in range(PARTS):
+                hidden = rng if done < 0.75 else None
+                turns = draw_turns(rng, tokenizer)
+                loss, aid = _gradients(model, looks, next(source), turns, hidden, 0.25 if done < 0.6 else 0.1)
+            optimiser.step(rate(done))
+            step += 1
+            if budget.elapsed_minutes() - last > 2.5:
+                last = budget.elapsed_minutes()
+                one, two = exact(model, tokenizer, exam)
+                save(model, processor, out)
+            bar.step(loss=loss, aid=aid, one=one, two=two)
     model.eval()
     save(model, processor, out)
     return {

@@ -149,13 +149,14 @@ def describe_answer(shown: Sequence[scenes.Scene]) -> str:
 
 
 def draw_noise(rng: np.random.Generator) -> str:
-    """Words, letters or one run of a letter, without a meaning."""
+    """Words, letters, the same letters again and again, or one run of a letter, without a meaning."""
     kind = rng.random()
-    if kind < 0.7:
-        words = rng.choice(_FILLER, int(rng.integers(1, 24 if kind < 0.55 else 70))).tolist()
+    if kind < 0.55:
+        words = rng.choice(_FILLER, int(rng.integers(1, 24 if kind < 0.4 else 70))).tolist()
         return " ".join(words).capitalize() + str(rng.choice(["", ".", "?"]))
     if kind < 0.9:
-        return "".join(rng.choice(list(_LETTERS + "  ,.ABC019éß日本🙂-_<>{}"), int(rng.integers(1, 60))).tolist())
+        letters = "".join(rng.choice(list(_LETTERS + "  ,.;ABC0179éß日本🙂-_<>{}"), int(rng.integers(1, 60))).tolist())
+        return letters if kind < 0.75 else (letters[:20] + " ") * int(rng.integers(2, 13))
     return str(rng.choice(list(_LETTERS + "A 0."))) * int(rng.integers(1, 160))
 
 
@@ -183,7 +184,11 @@ def draw_query(rng: np.random.Generator, shown: Sequence[scenes.Scene]) -> Query
 
 def draw_which(rng: np.random.Generator, shown: Sequence[scenes.Scene]) -> tuple[str, str]:
     """A which-question and its answer."""
-    query = draw_query(rng, shown)
+    return ask_which(rng, draw_query(rng, shown), shown)
+
+
+def ask_which(rng: np.random.Generator, query: Query, shown: Sequence[scenes.Scene]) -> tuple[str, str]:
+    """A which-question for `query` in any wording, and its answer."""
     return str(rng.choice(WHICH)).format(query.words), which_answer(query.fits(scene) for scene in shown)
 
 

@@ -16,14 +16,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import queue
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,9 +31,6 @@ from torch import Tensor
 
 from sightline.tiny import DESCRIBE, HELD_OUT_EMBED, is_held_out, scenes
 from sightline.tiny.describer import MERGE, PATCH, patchify, see, to_canvas
-
-if TYPE_CHECKING:
-    from multiprocessing.queues import Queue
 
 MODEL_NAME = "sightline-tiny-colqwen2.5"
 
@@ -277,24 +272,6 @@ def make_block(seed: int, index: int) -> list[Family]:
     return [[make_sample(rng, scene) for scene in draw_family(rng)] for _ in range(BLOCK)]
 
 
-def _work(blocks_out: Queue[list[Family]], seed: int) -> None:
-    """The drawing process: one block after the other until the parent has had enough or is gone."""
-    torch.set_num_threads(1)
-    if hasattr(os, "nice"):
-        os.nice(5)
-    parent = multiprocessing.parent_process()
-    for index in itertools.count():
-        block = make_block(seed, index)
-        while parent is not None and parent.is_alive():
-            try:
-                blocks_out.put(block, timeout=5)
-                break
-            except queue.Full:
-                continue
-        else:
-            return
-
-
 RETURNS = (0, 5, 13)
 """Each family is used three times: when its block arrives, and so many blocks later; mirrored at random."""
 FAMILIES = 8
@@ -464,11 +441,6 @@ def batch_loss(
     return by_text + by_picture + 0.3 * loosely
 
 
-def _endless(drawn: Queue[list[Family]]) -> Iterator[list[Family]]:
-    while True:
-        yield drawn.get()
-
-
 def train(out: Path, *, seed: int = 0, steps: int, minutes: float | None = None) -> dict[str, Any]:
     """Train and write the checkpoint; the data depend on the seed alone.
 
@@ -476,7 +448,7 @@ def train(out: Path, *, seed: int = 0, steps: int, minutes: float | None = None)
 
     returns  what the report needs: steps, minutes, images, seed
     """
-    from sightline.tiny.training import Bar, Budget, Optimiser, rate
+    from sightline.tiny.training import Bar, Budget, Optimiser, drawing, rate
 
     describer = out.parent / DESCRIBE.name
     if not (describer / "model.safetensors").exists():
@@ -488,28 +460,21 @@ def train(out: Path, *, seed: int = 0, steps: int, minutes: float | None = None)
     model.train()
     weights = [(name, weight) for name, weight in model.named_parameters() if not name.startswith("visual.")]
     optimiser = Optimiser(weights, (".layers.",), muon_rate=1e-3, adam_rate=6e-4)
-    context = multiprocessing.get_context("spawn")
-    drawn: Queue[list[Family]] = context.Queue(maxsize=16)
-    worker = context.Process(target=_work, args=(drawn, seed), daemon=True)
-    worker.start()
     budget = Budget(steps, minutes)
     rng = np.random.default_rng([seed, 2])
     step, mean, saved = 0, 0.0, 0.0
-    source = batches(_endless(drawn), seed)
-    try:
-        with Bar("embed", steps) as bar:
-            while (done := budget.progress(step)) < 1.0:
-                loss = batch_loss(model, tokenizer, prompt, next(source), rng)
-                loss.backward()
-                optimiser.step(rate(done))
-                step += 1
-                mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
-                if budget.elapsed_minutes() - saved > 2.5:
-                    saved = budget.elapsed_minutes()
-                    save(model, processor, out)
-                bar.step(loss=mean)
-    finally:
-        worker.terminate()
+    with drawing(partial(make_block, seed), itertools.count()) as drawn, Bar("embed", steps) as bar:
+        source = batches(drawn, seed)
+        while (done := budget.progress(step)) < 1.0:
+            loss = batch_loss(model, tokenizer, prompt, next(source), rng)
+            loss.backward()
+            optimiser.step(rate(done))
+            step += 1
+            mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
+            if budget.elapsed_minutes() - saved > 2.5:
+                saved = budget.elapsed_minutes()
+                save(model, processor, out)
+            bar.step(loss=mean)
     model.eval()
     save(model, processor, out)
     return {

@@ -1,14 +1,24 @@
-"""What both trainings share: the optimiser, its schedule, threads and the progress bar."""
+"""What the trainings share: the optimiser, its schedule, the process that draws ahead and the progress bar."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
+Block = TypeVar("Block")
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,43 @@ class Optimiser:
             part.param_groups[0]["lr"] = peak * share
             part.step()
             part.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def drawing(
+    make_block: Callable[[int], Block], indices: Iterable[int], *, ahead: int = 24
+) -> Generator[Iterator[Block]]:
+    """Blocks of training data as a second process draws them, so many ahead of their use.
+
+    make_block  draws block `index`; the other process imports it by name, bound arguments are pickled
+    """
+    context = multiprocessing.get_context("spawn")
+    drawn: Queue[Block] = context.Queue(maxsize=ahead)
+    worker = context.Process(target=_draw, args=(make_block, indices, drawn), daemon=True)
+    worker.start()
+    try:
+        yield iter(drawn.get, None)
+    finally:
+        worker.terminate()
+
+
+def _draw(make_block: Callable[[int], Block], indices: Iterable[int], drawn: Queue[Block]) -> None:
+    """The drawing process: one block after the other until the parent has had enough or is gone."""
+    torch.set_num_threads(1)
+    if hasattr(os, "nice"):
+        os.nice(5)
+    parent = multiprocessing.parent_process()
+    for index in indices:
+        block = make_block(index)
+        while parent is not None and parent.is_alive():
+            try:
+                drawn.put(block, timeout=5)
+                break
+            except queue.Full:
+                continue
+        else:
+            drawn.cancel_join_thread()  # nobody will read what is left, and this process holds a reading end itself
+            return
 
 
 class Bar:
