@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from sightline_operator.render import (
     HASH,
     RENDER_VERSION,
@@ -21,7 +22,6 @@ from sightline_operator.render import (
 )
 from sightline_operator.render.cli import as_yaml
 from sightline_operator.settings import RenderSettings
-
 from tests.operator.objects import GONE, batch, changed, pipeline
 from tests.operator.rendering import DIGESTS, GOLDEN, KEYS, KNATIVE, PLAN, Case, cases, golden, golden_digest, owned
 

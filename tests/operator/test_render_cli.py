@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from sightline_operator.render import OPTIONAL_KINDS, render_batch, render_pipeline
 from sightline_operator.render.cli import as_yaml, main
 from sightline_operator.settings import RenderSettings
-
 from tests.operator.objects import batch, pipeline
 from tests.operator.rendering import PLAN, SAMPLES
 

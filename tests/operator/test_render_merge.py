@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sightline_operator.render.merge import MergeError, merged
+
+from sightline_operator.render.errors import RenderError
+from sightline_operator.render.merge import MergeError, merged, overlaid
 from sightline_operator.render.names import MAX_NAME, child_name, digest, label_value
 
 POD = {
@@ -107,6 +109,7 @@ def test_merge(overlay: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"tolerations": "b"}, "spec.tolerations"),
         ({"serviceAccountName": {"a": 1}}, None),
         ({"$setElementOrder/containers": []}, "spec.$setElementOrder/containers"),
+        ({"volumes": [{"name": ["a"]}]}, "spec.volumes[0].name"),
         ({"containers": [{"name": "gateway", "env": "A=1"}]}, "spec.containers[0].env"),
     ],
 )
@@ -115,6 +118,28 @@ def test_an_overlay_of_another_shape_is_refused_by_path(overlay: dict[str, Any],
         merged(POD, overlay, "spec")
     if path is not None:
         assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    ("overlay", "field"),
+    [
+        ({"spec": None}, "o.spec"),
+        ({"metadata": None}, "o.metadata"),
+        ({"metadata": "x"}, "o.metadata"),
+        ({"spec": {"containers": None}}, "o.spec.containers"),
+        ({"spec": {"containers": [{"name": "gateway", "$patch": "delete"}]}}, "o.spec.containers"),
+    ],
+)
+def test_a_template_stays_a_template(overlay: dict[str, Any], field: str) -> None:
+    with pytest.raises(RenderError) as caught:
+        overlaid({"metadata": {"labels": {"a": "b"}}, "spec": POD}, overlay, "o")
+    assert caught.value.field == field
+
+
+def test_labels_can_all_be_taken_away() -> None:
+    template = {"metadata": {"labels": {"a": "b"}}, "spec": POD}
+    assert overlaid(template, {"metadata": {"labels": None}}, "o")["metadata"] == {"labels": {}}
+    assert overlaid(template, None, "o") == template
 
 
 def test_neither_side_is_changed() -> None:

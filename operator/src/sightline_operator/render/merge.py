@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from sightline_operator.render.errors import RenderError
+
 MERGE_KEYS: Mapping[str, tuple[str, ...]] = {
     "containers": ("name",),
     "initContainers": ("name",),
@@ -32,6 +34,25 @@ class MergeError(ValueError):
         super().__init__(f"{path}: {message}")
         self.path = path
         self.message = message
+
+
+def overlaid(template: Mapping[str, Any], overlay: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
+    """A pod template with what a user lays over it; its metadata, its spec and its containers stay there.
+
+    path   of the overlay in the object that has it
+    Raises RenderError.
+    """
+    try:
+        answer = merged(template, overlay or {}, path)
+    except MergeError as error:
+        raise RenderError(error.path, error.message) from error
+    for part in ("metadata", "spec"):
+        if not isinstance(answer.get(part), dict):
+            raise RenderError(f"{path}.{part}", "must be an object")
+    if "containers" in template["spec"] and not answer["spec"].get("containers"):
+        raise RenderError(f"{path}.spec.containers", "must not take all containers away")
+    answer["metadata"]["labels"] = answer["metadata"].get("labels") or {}
+    return answer
 
 
 def merged(base: Mapping[str, Any], overlay: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -87,6 +108,9 @@ def _items(name: str, old: Sequence[Mapping[str, Any]], new: Sequence[object], p
             continue
         if MERGE_KEYS[name][0] not in overlay:
             raise MergeError(where, f"{MERGE_KEYS[name][0]} is missing; items are matched by it")
+        for part in MERGE_KEYS[name]:
+            if not isinstance(overlay.get(part, ""), str | int):
+                raise MergeError(f"{where}.{part}", "must be a text or a number")
         key = _identity(name, overlay)
         if overlay.get("$patch") == "delete":
             answer.pop(key, None)

@@ -10,8 +10,7 @@ from typing import Any
 from sightline_operator.api import Batch, Pipeline, seconds
 from sightline_operator.api.types import S3Location
 from sightline_operator.contract import Exit
-from sightline_operator.render.errors import RenderError
-from sightline_operator.render.merge import MergeError, merged
+from sightline_operator.render.merge import overlaid
 from sightline_operator.render.names import child_name, digest, without_empty
 from sightline_operator.render.v1.frame import Frame, Manifest
 from sightline_operator.render.v1.gateway import COMPONENT as GATEWAY
@@ -93,7 +92,6 @@ def policy(frame: Frame, spec: Batch) -> Manifest:
         "spec": {
             "podSelector": {"matchLabels": frame.selector(WORKER)},
             "policyTypes": ["Ingress", "Egress"],
-            "ingress": [],
             "egress": [item for index, item in enumerate(reached) if item not in reached[:index]],
         },
     }
@@ -203,10 +201,7 @@ def _template(frame: Frame, spec: Batch, pipeline: Pipeline, verb: str) -> Manif
         }
     )
     base = {"metadata": {"labels": frame.labels(WORKER)}, "spec": pod | {"automountServiceAccountToken": False}}
-    try:
-        template = merged(base, spec.pod_template_overrides or {}, "spec.podTemplateOverrides")
-    except MergeError as error:
-        raise RenderError(error.path, error.message) from error
+    template = overlaid(base, spec.pod_template_overrides, "spec.podTemplateOverrides")
     template["metadata"]["labels"] |= frame.labels(WORKER)
     return template
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from sightline_operator.api import Pipeline, seconds
 from sightline_operator.api.types import SecretKeyRef
-from sightline_operator.render.errors import RenderError
-from sightline_operator.render.merge import MergeError, merged
+from sightline_operator.render.merge import overlaid
 from sightline_operator.render.names import digest, without_empty
 from sightline_operator.render.v1.frame import Frame, Manifest
 from sightline_operator.render.v1.pods import (
@@ -113,10 +112,10 @@ def _step(place: Place) -> dict[str, object | None]:
         f"{name}_ATTEMPTS": step.retry.max_attempts,
         f"{name}_ATTEMPT_SECONDS": seconds(step.retry.per_try_timeout) if step.retry.per_try_timeout else None,
         f"{name}_MAX_IN_FLIGHT": step.max_in_flight,
-        f"{name}_BREAKER_FAILURES": breaker.consecutive_errors if breaker else None,
+        f"{name}_BREAKER_FAILURES": breaker.consecutive_errors if breaker else 5,
         f"{name}_BREAKER_ERROR_PERCENT": breaker.error_percent if breaker else None,
         f"{name}_BREAKER_MIN_REQUESTS": (breaker.min_requests or 20) if breaker and breaker.error_percent else None,
-        f"{name}_BREAKER_OPEN_SECONDS": seconds(breaker.open_for) if breaker else None,
+        f"{name}_BREAKER_OPEN_SECONDS": seconds(breaker.open_for) if breaker else 10,
     }
 
 
@@ -132,10 +131,7 @@ def deployment(
     """
     gateway = spec.gateway
     base = {"metadata": {"labels": frame.labels(COMPONENT)}, "spec": _pod(frame, spec, steps, config_map)}
-    try:
-        template = merged(base, gateway.pod_template_overrides or {}, "spec.gateway.podTemplateOverrides")
-    except MergeError as error:
-        raise RenderError(error.path, error.message) from error
+    template = overlaid(base, gateway.pod_template_overrides, "spec.gateway.podTemplateOverrides")
     template["metadata"]["labels"] |= frame.selector(COMPONENT)  # what selects the pods is not theirs to choose
     replicas = {"replicas": 0 if spec.suspend else gateway.replicas}
     is_scaled_by_others = gateway.autoscaling is not None and not spec.suspend

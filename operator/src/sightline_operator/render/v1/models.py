@@ -9,7 +9,7 @@ from typing import Any
 from sightline_operator.api import seconds
 from sightline_operator.api.pipeline import CaptionService, InferenceService, Limits
 from sightline_operator.render.errors import RenderError
-from sightline_operator.render.merge import MergeError, merged
+from sightline_operator.render.merge import overlaid
 from sightline_operator.render.names import without_empty
 from sightline_operator.render.v1.frame import Frame, Manifest
 from sightline_operator.render.v1.pods import (
@@ -56,12 +56,8 @@ def inference_service(
     if is_suspended:
         annotations[STOP] = "true"
     body = _runtime(service) if service.runtime.name else _predictor(frame, place, service, limits)
-    try:
-        template = merged(
-            {"metadata": {}, "spec": body}, service.pod_template_overrides or {}, f"{path}.podTemplateOverrides"
-        )
-    except MergeError as error:
-        raise RenderError(error.path, error.message) from error
+    overrides = service.pod_template_overrides
+    template = overlaid({"metadata": {}, "spec": body}, overrides, f"{path}.podTemplateOverrides")
     pod = without_empty({name: template["metadata"].get(name) for name in ("labels", "annotations")})
     assert place.served is not None  # noqa: S101 - an owned step is served
     metadata = frame.metadata(place.served, labels | {"networking.kserve.io/visibility": "cluster-local"}, annotations)

@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sightline_operator.api import Pipeline
-from sightline_operator.render.names import label_value
-from sightline_operator.render.v1.frame import PIPELINE_LABEL, Frame, Manifest
+from sightline_operator.render.names import label_value, without_empty
+from sightline_operator.render.v1.frame import Frame, Manifest
 from sightline_operator.render.v1.gateway import COMPONENT as GATEWAY
 from sightline_operator.render.v1.pods import GRPC_PORT, HTTP_PORT
 from sightline_operator.render.v1.steps import Place
@@ -42,12 +42,15 @@ def _policy(frame: Frame, component: str, ingress: list[dict[str, Any]], egress:
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": frame.metadata(frame.child(component), frame.labels(component)),
-        "spec": {
-            "podSelector": {"matchLabels": frame.selector(component)},
-            "policyTypes": ["Ingress", "Egress"],
-            "ingress": ingress,
-            "egress": egress,
-        },
+        # No list at all refuses everything. An empty one does too, but is dropped and would look changed for ever.
+        "spec": without_empty(
+            {
+                "podSelector": {"matchLabels": frame.selector(component)},
+                "policyTypes": ["Ingress", "Egress"],
+                "ingress": ingress,
+                "egress": egress,
+            }
+        ),
     }
 
 
@@ -109,8 +112,3 @@ def to_url(url: str) -> dict[str, Any]:
 
 def _tcp(*ports: int) -> list[dict[str, Any]]:
     return [{"protocol": "TCP", "port": port} for port in ports]
-
-
-def worker_selector(pipeline: str) -> dict[str, str]:
-    """Labels that a batch's pods need so that the pipeline's policies are theirs."""
-    return {PIPELINE_LABEL: label_value(pipeline), "app.kubernetes.io/component": WORKER}
