@@ -90,7 +90,7 @@ async def _handle(proxy: Proxy, session: aiohttp.ClientSession, request: web.Req
     if is_watch and proxy.is_gone:
         return web.json_response(GONE, status=410)
     headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length")}
-    upstream = session.request(request.method, request.rel_url, headers=headers, data=await request.read())
+    upstream = session.request(request.method, request.rel_url, headers=headers, data=await request.read() or None)
     async with upstream as response:
         if is_watch and response.status == 200:
             return await _stream(proxy, request, response)

@@ -1,0 +1,276 @@
+"""`make bench-operator`: our operator and a plain Kopf `on.create` one, doing the same against a real API server.
+
+Each is measured in the same way, from outside: objects by counting them in the API server, writes by the API server's
+own counters, CPU and memory of the process by /proc. Progress on stderr, the table (Markdown) on stdout.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "operator/src"), str(ROOT / "predictors/src")]
+
+from sightline_operator.act.client import KubernetesClient  # noqa: E402
+from sightline_operator.api import crds  # noqa: E402
+from sightline_operator.render import render_pipeline  # noqa: E402
+from sightline_operator.resources import BY_KIND, PIPELINES  # noqa: E402
+from sightline_operator.settings import RenderSettings  # noqa: E402
+from tests.operator.conftest import HOW_TO_GET_THEM, ApiServer, assets  # noqa: E402
+from tests.operator.harness import pipeline  # noqa: E402
+
+ROWS = {
+    "applies": "children made, per second",
+    "rss": "memory (RSS) with all of them, MiB",
+    "restart_seconds": "restart with all present: caught up, s",
+    "restart_writes": "restart: writes",
+    "change_p50": "change of a spec to changed child, p50, ms",
+    "change_p99": "the same, p99, ms",
+    "idle_writes": "idle: writes",
+    "idle_cpu": "idle: CPU, % of a core",
+}
+
+
+def tell(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Bench:
+    """One operator, one namespace, all the measures."""
+
+    server: ApiServer
+    client: KubernetesClient
+    namespace: str
+    command: list[str]
+    options: argparse.Namespace
+    process: psutil.Process | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    async def run(self) -> dict[str, float]:
+        async with self.running():
+            await self.settle(0)
+            await self.fill()
+            self.figures["rss"] = self.memory()
+        async with self.running():
+            await self.restart()
+            await self.change()
+            await self.idle()
+        return self.figures
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        environment = os.environ | {"KUBECONFIG": str(self.server.kubeconfig)}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
+        log = (self.server.folder / f"{self.namespace}.log").open("ab")
+        child = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
+        self.process = psutil.Process(child.pid)
+        try:
+            yield
+            assert child.poll() is None, f"the operator ended: {self.server.folder / self.namespace}.log"
+        finally:
+            child.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.to_thread(child.wait, 30)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            log.close()
+
+    async def fill(self) -> None:
+        wanted = len(children("p")) * self.options.objects
+        start = time.monotonic()
+        names = iter(range(self.options.objects))
+
+        async def create() -> None:
+            for number in names:
+                await self.client.create(pipeline(f"p{number}", self.namespace))
+
+        creating = [asyncio.create_task(create()) for _ in range(8)]
+        while (made := await self.count()) < wanted:
+            tell(f"{self.namespace}: {made} of {wanted} children")
+            await asyncio.sleep(1)
+        seconds = time.monotonic() - start
+        await asyncio.gather(*creating)
+        self.figures["applies"] = wanted / seconds
+        await self.settle(10)
+
+    async def restart(self) -> None:
+        """From the start of the process to its last call but one: then it knows everything."""
+        before, start = await self.writes(), time.time()
+        assert self.process is not None
+        last = self.process.create_time()
+        calm = 0
+        while calm < 5:
+            cpu = sum(self.process.cpu_times()[:2])
+            await asyncio.sleep(1)
+            busy = sum(self.process.cpu_times()[:2]) - cpu
+            calm = calm + 1 if busy < 0.1 else 0
+            last = time.time() if busy >= 0.1 else last
+            assert time.time() - start < 600
+        self.figures["restart_seconds"] = last - self.process.create_time()
+        self.figures["restart_writes"] = await self.writes() - before
+        tell(f"{self.namespace}: restarted")
+
+    async def change(self) -> None:
+        """Fifty specs a second get another number of replicas; how long until their Deployments have it."""
+        sent: dict[str, float] = {}
+        took: list[float] = []
+        count = min(self.options.objects, self.options.changes)
+        _, since = await self.client.list(BY_KIND["Deployment"], self.namespace)
+
+        async def watch() -> None:
+            nonlocal since
+            while len(took) < count:
+                async for type_, obj in self.client.watch(BY_KIND["Deployment"], self.namespace, since):
+                    since = obj["metadata"]["resourceVersion"]
+                    name = obj["metadata"].get("name", "").removesuffix("-gateway")
+                    if type_ == "MODIFIED" and name in sent and obj["spec"]["replicas"] == 2:
+                        took.append((time.monotonic() - sent.pop(name)) * 1000)
+                        if len(took) == count:
+                            return
+
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(1)
+        start = time.monotonic()
+        pending: list[asyncio.Task[Any]] = []
+        for number in range(count):
+            await asyncio.sleep(max(0.0, start + number / 50 - time.monotonic()))
+            sent[f"p{number}"] = time.monotonic()
+            spec = {"gateway": {"replicas": 2, "auth": {"none": True}}}
+            pending.append(asyncio.create_task(self.client.apply(pipeline(f"p{number}", self.namespace, **spec))))
+        await asyncio.gather(*pending)
+        await asyncio.wait_for(watching, 300)
+        self.figures["change_p50"] = statistics.median(took)
+        self.figures["change_p99"] = sorted(took)[max(0, int(len(took) * 0.99) - 1)]
+        tell(f"{self.namespace}: {count} changes")
+        await self.settle(10)
+
+    async def idle(self) -> None:
+        assert self.process is not None
+        before, cpu = await self.writes(), sum(self.process.cpu_times()[:2])
+        tell(f"{self.namespace}: idle for {self.options.idle} s")
+        await asyncio.sleep(self.options.idle)
+        self.figures["idle_writes"] = await self.writes() - before
+        self.figures["idle_cpu"] = (sum(self.process.cpu_times()[:2]) - cpu) / self.options.idle * 100
+
+    # --- measures ---
+
+    def memory(self) -> float:
+        assert self.process is not None
+        return self.process.memory_info().rss / 2**20
+
+    async def count(self) -> int:
+        total = 0
+        for kind in {child["kind"] for child in children("p")}:
+            page = await self.client._call("GET", BY_KIND[kind].path(self.namespace), query={"limit": "1"})
+            assert page is not None
+            total += len(page["items"]) + int(page["metadata"].get("remainingItemCount", 0))
+        return total
+
+    async def writes(self) -> int:
+        """Mutating requests that the API server has served, but for Leases."""
+        connector = aiohttp.TCPConnector(ssl=False)
+        headers = {"Authorization": f"Bearer {self.server.token}"}
+        async with aiohttp.ClientSession(connector=connector) as session:
+            async with session.get(f"{self.server.url}/metrics", headers=headers) as answer:
+                text = await answer.text()
+        total = 0.0
+        for line in re.findall(r"^apiserver_request_total\{.*$", text, re.MULTILINE):
+            verb = re.search(r'verb="(\w+)"', line)
+            if verb and verb[1] in ("POST", "PUT", "PATCH", "APPLY", "DELETE") and 'resource="leases"' not in line:
+                total += float(line.rsplit(" ", 1)[1])
+        return int(total)
+
+    async def settle(self, seconds: float) -> None:
+        """Until nothing has been written for two seconds, and so long at least."""
+        await asyncio.sleep(seconds)
+        before = -1
+        while (now := await self.writes()) != before:
+            before = now
+            await asyncio.sleep(2)
+
+
+def children(name: str) -> tuple[dict[str, Any], ...]:
+    cr = pipeline(name, "x")
+    cr["metadata"]["uid"] = "x"
+    return render_pipeline(cr, RenderSettings(), frozenset())
+
+
+def table(results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
+    names = list(results)
+    lines = [f"| {options.objects} VisionPipelines of {len(children('p'))} children | {' | '.join(names)} |"]
+    lines.append(f"|---|{'---:|' * len(names)}")
+    for row, text in ROWS.items():
+        values = [results[name].get(row) for name in names]
+        cells = ["–" if value is None else f"{value:,.1f}" if value % 1 else f"{value:,.0f}" for value in values]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    lines.append(
+        f"\nIdle for {options.idle} s; {options.changes} changes at 50/s; {cores} cores, load {load:.1f} at the end."
+    )
+    return "\n".join(lines)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--objects", type=int, default=1000)
+    parser.add_argument("--changes", type=int, default=500)
+    parser.add_argument("--idle", type=int, default=300)
+    parser.add_argument("--only", choices=["sightline", "kopf"])
+    parser.add_argument("--json", type=Path, help="figures also there")
+    options = parser.parse_args()
+    folder = assets()
+    if folder is None:
+        raise SystemExit(HOW_TO_GET_THEM)
+    python = sys.executable
+    commands = {
+        "sightline": [
+            python,
+            "-m",
+            "sightline_operator",
+            "run",
+            "--metrics-port=0",
+            "--log-level=warning",
+            "--namespace",
+        ],
+        "kopf": [python, "-m", "kopf", "run", "--quiet", str(ROOT / "tests/bench/kopf_on_create.py"), "--namespace"],
+    }
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as place:
+        server = ApiServer(Path(place) / "api", folder, flags=("--max-requests-inflight=800",)).start()
+        try:
+            server.install(crds())
+            client = await KubernetesClient.connect(str(server.kubeconfig))
+            for name, command in commands.items():
+                if options.only in (None, name):
+                    server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+                    tell(f"{name}: {options.objects} {PIPELINES.plural}")
+                    results[name] = await Bench(server, client, name, [*command, name], options).run()
+            await client.close()
+        finally:
+            server.stop()
+    titles = {"sightline": "sightline-operator", "kopf": "plain Kopf `on.create`"}
+    print(table({titles[name]: figures for name, figures in results.items()}, options))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
