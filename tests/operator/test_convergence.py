@@ -89,6 +89,7 @@ MOVES = st.lists(
         st.tuples(st.just("wait"), st.integers(1, 90)),
         st.tuples(st.just("edit"), st.integers(0, len(EDITS) - 1)),
     ),
+    min_size=10,
     max_size=60,
 )
 CONTROLLERS = ("deployment", "kserve", "kubelet", "job")
@@ -141,9 +142,11 @@ class Rough:
 
 
 @ROUGH
-@given(MOVES)
-def test_a_pipeline_ends_the_same_whatever_happened_on_the_way(moves: list[tuple[str, int]]) -> None:
+@given(MOVES, st.booleans())
+def test_a_pipeline_ends_the_same_whatever_happened_on_the_way(moves: list[tuple[str, int]], was_ready: bool) -> None:
     rough = Rough(cluster_of(pipeline()))
+    if was_ready:
+        settle(rough.operator)
     for what, n in moves:
         rough.move(what, n)
     settle(rough.operator)

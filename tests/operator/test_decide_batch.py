@@ -137,6 +137,8 @@ def test_a_batch_is_planned_run_and_finished() -> None:
 def test_each_job_is_made_once_however_often_it_is_decided() -> None:
     it = Batch().running(1)
     it.look().look()
+    it.operator.relist()
+    assert not any(isinstance(action, Apply) and action.is_create_only for action in it.decide().actions)
     it.finished().look()
     made = {name: count for (kind, name), count in it.cluster.created.items() if kind == "Job"}
     assert set(made.values()) == {1}

@@ -383,6 +383,26 @@ def test_an_operator_with_other_images_restarts_nothing_until_the_spec_changes()
     assert "sightline-pipeline:0.2.0" in str(decide_pipeline(willing, world, newer).actions)
 
 
+def test_an_address_that_is_unknown_for_a_moment_does_not_roll_the_gateway() -> None:
+    theirs = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": {"name": "theirs"}}
+    cluster = Cluster()
+    cluster.create(theirs | {"spec": {"predictor": {"containers": [{"name": "c", "image": "theirs:1"}]}}})
+    operator = start(cluster, caption={"inferenceServiceRef": {"name": "theirs"}}, enhance=None)
+    url = "http://theirs.elsewhere:8080"
+    live = operator.seen["InferenceService", "theirs"]
+    live["status"]["address"] = {"url": f"{url}/v1/models/theirs"}
+    decision = operator.decide(KEY)
+    assert decision is not None
+    (page,) = [a.manifest for a in decision.actions if isinstance(a, Apply) and a.manifest["kind"] == "ConfigMap"]
+    assert url in str(page["data"])
+    assert f"{url}/v1" not in str(page["data"])
+    operator.seen[KEY]["status"] = decision.status
+    del live["status"]["address"]
+    again = operator.decide(KEY)
+    assert again is not None
+    assert page in [a.manifest for a in again.actions if isinstance(a, Apply)]
+
+
 # --- leftovers -------------------------------------------------------------------------------------------------------
 
 

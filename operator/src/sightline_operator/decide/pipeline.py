@@ -41,13 +41,14 @@ def decide_pipeline(cr: Manifest, world: World, settings: RenderSettings) -> Dec
         return Decision((), previous)
     try:
         spec = Pipeline.model_validate(cr["spec"])
-        children = render_pipeline(cr, settings, world.kinds, addresses(cr, world))
+        known = addresses(cr, world)
+        children = render_pipeline(cr, settings, world.kinds, known)
     except ValidationError as error:
         first = error.errors()[0]
         return _invalid(cr, world, f"spec.{'.'.join(map(str, first['loc']))}: {first['msg']}")
     except RenderError as error:
         return _invalid(cr, world, str(error))
-    view = PipelineView.of(cr, spec, world, children)
+    view = PipelineView.of(cr, spec, world, children, known)
     batches = batches_report(view)
     status = _status(view, batches, pinned(cr, settings))
     updates, leftovers = _applies(view), _leftovers(view)

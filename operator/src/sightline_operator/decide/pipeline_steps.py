@@ -60,11 +60,11 @@ def step_report(view: PipelineView, name: str) -> StepReport:
         workload = view.model(desired) if desired else Workload(None, None, (), None)
         wanted = 0 if view.spec.suspend else owned.replicas.min
         condition = _suspended(kind) if view.spec.suspend else _of_model(kind, workload, owned.replicas.min)
-        return StepReport(condition, _row(name, step, workload, condition), workload, wanted)
+        return StepReport(condition, _row(view, name, step, workload, condition), workload, wanted)
     assert step.inference_service_ref is not None  # noqa: S101 - the CRD's rule; rendering refused anything else
     workload = view.referenced(step.inference_service_ref.name)
     condition = _of_reference(kind, workload, step.inference_service_ref.name, "InferenceService" in view.world.kinds)
-    return StepReport(condition, _row(name, step, workload, condition), workload)
+    return StepReport(condition, _row(view, name, step, workload, condition), workload)
 
 
 def _suspended(kind: str) -> Condition:
@@ -138,15 +138,16 @@ def _of_endpoint(view: PipelineView, name: str, step: CaptionStep | EnhanceStep)
     return StepReport(condition, row | {"ready": condition.is_true})
 
 
-def _row(name: str, step: CaptionStep | EnhanceStep, workload: Workload, condition: Condition) -> dict[str, Any]:
+def _row(
+    view: PipelineView, name: str, step: CaptionStep | EnhanceStep, workload: Workload, condition: Condition
+) -> dict[str, Any]:
     owned, reference = step.inference_service, step.inference_service_ref
-    url = (workload.status.get("address") or {}).get("url")
     served = reference.name if reference else workload.desired["metadata"]["name"] if workload.desired else None
     row: dict[str, Any] = {
         "name": name,
         "source": "InferenceService" if owned else "InferenceServiceRef",
         "inferenceService": served,
-        "url": url,
+        "url": view.addresses.get(served) if served else None,
         "model": _model(owned) if owned else reference.model or reference.name if reference else None,
         "modelRevision": owned.model.revision if owned else None,
         "ready": condition.is_true,

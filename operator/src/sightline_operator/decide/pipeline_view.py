@@ -35,6 +35,7 @@ class PipelineView:
     children    as rendered, by kind and name, in the order to be applied
     mine        live objects that are ours: by owner, or a model that outlives its pipeline by our labels
     strangers   children's names that somebody else's objects have
+    addresses   where InferenceServices answer, by name
     """
 
     cr: Manifest
@@ -44,14 +45,22 @@ class PipelineView:
     children: Mapping[Key, Manifest]
     mine: Mapping[Key, Manifest]
     strangers: Mapping[Key, Manifest]
+    addresses: Mapping[str, str]
 
     @classmethod
-    def of(cls, cr: Manifest, spec: Pipeline, world: World, children: tuple[Manifest, ...]) -> PipelineView:
+    def of(
+        cls,
+        cr: Manifest,
+        spec: Pipeline,
+        world: World,
+        children: tuple[Manifest, ...],
+        addresses: Mapping[str, str],
+    ) -> PipelineView:
         wanted = {key_of(child): child for child in children}
         orphans = {key: thing for key, thing in world.others.items() if key in wanted and is_orphan_of(cr, thing)}
         mine = {**world.owned, **orphans}
         strangers = {key: world.others[key] for key in wanted if key in world.others and key not in mine}
-        return cls(cr, spec, cr.get("status") or {}, world, wanted, mine, strangers)
+        return cls(cr, spec, cr.get("status") or {}, world, wanted, mine, strangers, addresses)
 
     @property
     def now(self) -> datetime:
