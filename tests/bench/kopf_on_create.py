@@ -1,4 +1,4 @@
-"""The comparison of tests/bench/operators.py: the same children by Kopf's `on.create` and `on.update`, as its docs do it."""
+"""Compared with in tests/bench/operators.py: the same children by Kopf's `on.create` and `on.update`, as its docs do."""
 
 import os
 from typing import Any

@@ -201,8 +201,10 @@ def process(apiserver: ApiServer, *flags: str, kubeconfig: Path | None = None) -
     log = apiserver.folder / f"operator-{time.monotonic_ns()}.log"
     with log.open("wb") as stream:
         running = subprocess.Popen(
-            [sys.executable, "-m", "sightline_operator", "run", "--kubeconfig", str(kubeconfig or apiserver.kubeconfig)]
-            + list(flags),
+            [
+                *(sys.executable, "-m", "sightline_operator", "run"),
+                *("--kubeconfig", str(kubeconfig or apiserver.kubeconfig), *flags),
+            ],
             stderr=stream,
             stdout=stream,
             env=environment,

@@ -154,17 +154,17 @@ async def behind(apiserver: ApiServer) -> AsyncIterator[tuple[Proxy, Any]]:
 
 
 async def test_events_that_are_lost_are_made_good_within_a_repair_period(apiserver: ApiServer, user: User) -> None:
-    async with behind(apiserver) as (proxy, client):
-        async with operating(client, user.namespace, repair_seconds=3.0, repair_window_seconds=0.1):
-            user.apply(pipeline("p", user.namespace))
-            await settled(user)
-            proxy.on_event = lambda path, event: []
-            user.delete("Service", "p-gateway")
-            user.merge("Deployment", "p-gateway", {"spec": {"replicas": 9}})
-            user.merge("VisionPipeline", "p", {"spec": {"gateway": {"logLevel": "debug"}}})
-            await until(lambda: user.get("Service", "p-gateway"), "the Service is back")
-            await until(lambda: user.is_settled("p"), "the new spec is seen")
-            await until(lambda: (user.get("Deployment", "p-gateway") or {})["spec"]["replicas"] == 1)
+    brief = {"repair_seconds": 3.0, "repair_window_seconds": 0.1}
+    async with behind(apiserver) as (proxy, client), operating(client, user.namespace, **brief):
+        user.apply(pipeline("p", user.namespace))
+        await settled(user)
+        proxy.on_event = lambda path, event: []
+        user.delete("Service", "p-gateway")
+        user.merge("Deployment", "p-gateway", {"spec": {"replicas": 9}})
+        user.merge("VisionPipeline", "p", {"spec": {"gateway": {"logLevel": "debug"}}})
+        await until(lambda: user.get("Service", "p-gateway"), "the Service is back")
+        await until(lambda: user.is_settled("p"), "the new spec is seen")
+        await until(lambda: (user.get("Deployment", "p-gateway") or {})["spec"]["replicas"] == 1)
 
 
 async def test_events_that_come_twice_late_or_in_disorder_change_nothing(apiserver: ApiServer, user: User) -> None:
