@@ -1,4 +1,4 @@
-"""Compared with in tests/bench/operators.py: the same children by Kopf's `on.create` and `on.update`, as its docs do."""
+"""What tests/bench/operators.py compares with: the same children by Kopf's `on.create` and `on.update`."""
 
 import os
 from typing import Any

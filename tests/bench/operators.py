@@ -261,7 +261,7 @@ async def main() -> None:
     }
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as place:
-        server = ApiServer(Path(place) / "api", folder, flags=("--max-requests-inflight=800",)).start()
+        server = ApiServer(Path(place) / "api", folder).start()
         try:
             server.install(crds())
             client = await KubernetesClient.connect(str(server.kubeconfig))
@@ -270,6 +270,7 @@ async def main() -> None:
                     server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
                     tell(f"{name}: {options.objects} {PIPELINES.plural}")
                     results[name] = await Bench(server, client, name, [*command, name], options).run()
+                    tell(f"{name}: {results[name]}")
             await client.close()
         finally:
             server.stop()

@@ -78,6 +78,7 @@ async def test_it_serves_a_pipeline_tells_how_it_is_and_leaves_tidily(apiserver:
     assert [r for r in records if r["level"] == "error"] == []
 
 
+@pytest.mark.slow
 async def test_two_processes_take_turns(apiserver: ApiServer, user: User) -> None:
     """The second is ready while it waits; it leads at once after a SIGTERM."""
     one, two = free_ports(2)
@@ -123,6 +124,7 @@ async def test_dry_run_tells_everything_and_writes_nothing(apiserver: ApiServer,
     assert user.events() == []
 
 
+@pytest.mark.slow
 async def test_a_kopf_watch_that_hears_nothing_is_noticed(apiserver: ApiServer, user: User) -> None:
     """Kopf's streams stay open and silent. Lists go on telling what is so, and the probe says that Kopf is deaf."""
     port = free_ports(1)[0]

@@ -126,6 +126,7 @@ async def _crashed(apiserver: ApiServer, client: Any, kill_at: int, *, is_after:
         return golden(user), statuses, mortal.is_dead
 
 
+@pytest.mark.slow
 async def test_a_crash_before_or_after_any_write_ends_in_the_same_state(apiserver: ApiServer) -> None:
     """kill -9 around the k-th write, for every k: same children, none twice, at most one status write more."""
     async with connected(apiserver) as client:
@@ -247,6 +248,7 @@ async def test_410_in_all_streams_at_once_costs_no_write(apiserver: ApiServer, u
         }
 
 
+@pytest.mark.slow
 async def test_an_api_server_that_restarts_is_caught_up_with(new_apiserver: Any) -> None:
     from sightline_operator.api import crds
 
@@ -282,6 +284,7 @@ async def test_a_half_open_watch_is_noticed(apiserver: ApiServer, user: User, mo
         await settled(user)
 
 
+@pytest.mark.slow
 async def test_a_storm_of_429_is_weathered(apiserver: ApiServer, user: User) -> None:
     async with behind(apiserver) as (proxy, client):
         proxy.reject_share = 0.5
@@ -374,6 +377,7 @@ MISTAKES: Mapping[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 async def test_every_mistake_can_be_taken_back(apiserver: ApiServer, user: User) -> None:
     async with connected(apiserver) as client, operating(client, user.namespace) as operator:
         original = pipeline("p", user.namespace)
@@ -461,6 +465,7 @@ async def test_a_namespace_that_ends_is_left_in_peace(apiserver: ApiServer, user
             assert not task.done()
 
 
+@pytest.mark.slow
 async def test_kserve_absent_then_installed_then_gone_needs_no_restart(new_apiserver: Any) -> None:
     from sightline_operator.api import crds
 
