@@ -27,6 +27,10 @@ test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
 	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part))
 
+.PHONY: bench-operator
+bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API server of its own (ARGS="--objects 100 --idle 30")
+	@$(BIN)/python tests/bench/operators.py $(ARGS)
+
 .PHONY: conformance
 conformance: .venv/.dev ## The conformance table of our six models and of stock KServe, into docs/ and the README
 	@$(BIN)/python tests/conformance/table.py --write
