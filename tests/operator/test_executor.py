@@ -14,6 +14,7 @@ from sightline_operator.act.executor import Executor, Outdated
 from sightline_operator.act.ownership import lost_fields
 from sightline_operator.decide.decision import Apply, Decision, Delete, Note
 from sightline_operator.observe.cache import Cache, Ref
+from sightline_operator.queue import Key
 from sightline_operator.render.v1.frame import sealed
 from sightline_operator.resources import BY_KIND
 from sightline_operator.settings import OWNED_LABEL, OWNED_VALUE
@@ -104,6 +105,23 @@ async def test_what_was_applied_is_not_applied_again_nor_by_the_next_process(sce
     fresh.see("Deployment", "child")
     await fresh.act(Apply(child))
     assert fresh.children == []
+
+
+@pytest.mark.parametrize("is_forgotten", [False, True])
+async def test_the_children_of_a_successor_of_the_same_name_are_new_and_nobody_s_damage(
+    scene: Scene, user: User, is_forgotten: bool
+) -> None:
+    await scene.act(Apply(scene.child(data={"a": "1"})))
+    user.delete("ConfigMap", "child")
+    user.delete("VisionPipeline", "p")
+    if is_forgotten:
+        scene.executor.forget(Key("VisionPipeline", user.namespace, "p"))
+    scene.cr = user.apply(pipeline("p", user.namespace))
+    scene.cache.put(scene.cr)
+    scene.see("ConfigMap", "child")
+    report = await scene.act(Apply(scene.child(data={"a": "1"})))
+    assert report.created == ["ConfigMap child"]
+    assert report.drift is None
 
 
 MUTATIONS = {

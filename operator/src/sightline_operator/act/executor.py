@@ -39,6 +39,8 @@ class Outdated(Exception):
 class _Memory:
     """What we did last to one child."""
 
+    owner: str
+    """Uid of the object it was done for: the children of its successor of the same name are not known yet."""
     uid: str
     digest: str
     """Of the manifest applied last by this process; empty: none yet."""
@@ -85,6 +87,7 @@ class Executor:
         self._window = repair_window_seconds
         self._is_dry_run = is_dry_run
         self._memory: dict[Ref, _Memory] = {}
+        self._owners: dict[Ref, str] = {}
         self._deleted: dict[str, float] = {}
         self._status: dict[Ref, tuple[Any, Any]] = {}
         """Object → the status we sent last, and what the API server made of it."""
@@ -95,6 +98,7 @@ class Executor:
         Raises Outdated: nothing more should be done for this decision. ApiError: the first action that failed.
         """
         report = Report()
+        self._owners[ref_of(cr)] = str(cr["metadata"]["uid"])
         missing = await self._missing(cr, decision, report)
         for action in decision.actions:
             if isinstance(action, Delete):
@@ -146,6 +150,8 @@ class Executor:
     def forget(self, key: Key) -> None:
         """The object is gone."""
         self._status.pop(Ref(*key), None)
+        owner = self._owners.pop(Ref(*key), None)
+        self._memory = {ref: memory for ref, memory in self._memory.items() if memory.owner != owner}
 
     # Before writing.
 
@@ -166,7 +172,7 @@ class Executor:
         for action, live in zip(absent, found, strict=True):
             ref = ref_of(action.manifest)
             if live is None:
-                self._miss(ref, missing, report)
+                self._miss(cr, ref, missing, report)
             elif self._is_ours(cr, live):
                 self._cache.put(live, by=Key(*ref_of(cr)))
                 report.is_news = True
@@ -175,9 +181,11 @@ class Executor:
                 metrics.APPLIES.labels(ref.kind, "conflict").inc()
         return missing
 
-    def _miss(self, ref: Ref, missing: set[Ref], report: Report) -> None:
+    def _miss(self, cr: Mapping[str, Any], ref: Ref, missing: set[Ref], report: Report) -> None:
         """A child is not there: for the first time, or because somebody deleted it."""
         memory = self._memory.get(ref)
+        if memory is not None and memory.owner != cr["metadata"]["uid"]:
+            memory = None
         wait = memory.written_at + CREATE_AGAIN_SECONDS - self._monotonic() if memory else 0.0
         if wait > 0:
             report.requeue_seconds = min(wait, report.requeue_seconds or wait)
@@ -243,7 +251,7 @@ class Executor:
             return  # on its way out; it is made again when it is gone
         memory = self._memory.get(ref)
         if memory is None or memory.uid != live["metadata"]["uid"]:
-            memory = self._memory[ref] = _Memory(str(live["metadata"]["uid"]), "")
+            memory = self._memory[ref] = _Memory(str(cr["metadata"]["uid"]), str(live["metadata"]["uid"]), "")
         lost = [path for path in lost_fields(action.manifest, live) if path not in memory.unownable]
         is_new = memory.digest != _digest(action.manifest) and not _is_applied(action.manifest, live)
         if not is_new and not lost:
@@ -266,7 +274,8 @@ class Executor:
             log.info("dry run: %s %s/%s: %s", ref.kind, ref.namespace, ref.name, "; ".join(changes(live, answer)))
             if live is not None:  # said once, not at every look
                 uid, lost = str(live["metadata"]["uid"]), frozenset(lost_fields(action.manifest, live))
-                self._memory[ref] = _Memory(uid, _digest(action.manifest), unownable=lost)
+                owner = str(cr["metadata"]["uid"])
+                self._memory[ref] = _Memory(owner, uid, _digest(action.manifest), unownable=lost)
             return
         self._cache.put(answer, by=Key(*ref_of(cr)))
         is_same = live is not None and live["metadata"]["resourceVersion"] == answer["metadata"]["resourceVersion"]
@@ -279,8 +288,8 @@ class Executor:
         if unownable:
             log.warning("%s %s: the API server does not keep %s", ref.kind, ref.name, ", ".join(sorted(unownable)))
         repaired_at = old.repaired_at if old else float("-inf")
-        uid, mark = str(answer["metadata"]["uid"]), _digest(action.manifest)
-        self._memory[ref] = _Memory(uid, mark, self._monotonic(), repaired_at, unownable)
+        owner, uid, mark = str(cr["metadata"]["uid"]), str(answer["metadata"]["uid"]), _digest(action.manifest)
+        self._memory[ref] = _Memory(owner, uid, mark, self._monotonic(), repaired_at, unownable)
 
     async def _repaired(self, cr: Mapping[str, Any], ref: Ref, lost: list[str], report: Report) -> None:
         fields = lost[:MAX_DRIFT_FIELDS] or ["metadata.annotations"]
