@@ -31,8 +31,8 @@ class World:
                ServingRuntimes, the VisionPipeline of a VisionBatch, an object of somebody else with a child's name
     pods       of the owned and referenced workloads
     warnings   core/v1 Events of type Warning about those pods, newest last
-    kinds      kinds of other projects that the cluster serves now: InferenceService, HTTPRoute, ServiceMonitor, Workload
-    answers    of endpoints by URL: external steps, a gateway's circuit breakers
+    kinds      of other projects that the cluster serves now: InferenceService, HTTPRoute, ServiceMonitor, Workload
+    answers    of endpoints by URL: external steps
     progress   of a VisionBatch, as its gateway told it; None when it did not answer
     batches    of a VisionPipeline: the VisionBatches that name it
     """
