@@ -117,13 +117,14 @@ async def until(condition: Callable[[], Any], what: str = "", seconds: float = D
 
 
 def pipeline(name: str, namespace: str, *, url: str = "http://127.0.0.1:9/v1", **spec: Any) -> dict[str, Any]:
-    """A VisionPipeline whose caption step is an external URL; `spec` is merged into it, one level deep."""
+    """A VisionPipeline whose caption step is an external URL; `spec` is merged in, one level deep; None takes away."""
     body: dict[str, Any] = {
         "caption": {"endpoint": {"url": url, "model": "m"}},
         "gateway": {"auth": {"none": True}},
     }
     for key, value in spec.items():
-        body[key] = {**body.get(key, {}), **value} if isinstance(value, dict) else value
+        merged = {**body.get(key, {}), **value} if isinstance(value, dict) else value
+        body[key] = {k: v for k, v in merged.items() if v is not None} if isinstance(merged, dict) else merged
     metadata = {"name": name, "namespace": namespace}
     return {"apiVersion": API_VERSION, "kind": "VisionPipeline", "metadata": metadata, "spec": body}
 
