@@ -126,10 +126,10 @@ class KubernetesClient:
         own = self._configuration
         return Credentials(
             host=own.host,
-            ca_path=cast("str | None", own.ssl_ca_cert),
+            ca_path=own.ssl_ca_cert,
             ca_data=cast("str | None", own.ca_cert_data),
-            certificate_path=cast("str | None", own.cert_file),
-            key_path=cast("str | None", own.key_file),
+            certificate_path=own.cert_file,
+            key_path=own.key_file,
             token=words[1] if len(words) == 2 else None,
             is_verified=bool(own.verify_ssl),
         )
