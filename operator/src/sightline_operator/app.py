@@ -6,6 +6,7 @@ or annotations; leadership, retries, status and everything that is not one of ou
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
@@ -79,14 +80,18 @@ async def watch(
     credentials: Callable[[], Awaitable[Credentials]],
     namespaces: tuple[str, ...],
 ) -> None:
-    """Run Kopf until cancelled; raises when it ends by itself."""
+    """Run Kopf until cancelled. Returns when it took a signal that was ours: it takes over SIGTERM when it starts."""
     settings = kopf.OperatorSettings()
     configure(settings)
-    await kopf.operator(
-        registry=registry_of(on_event, credentials),
-        settings=settings,
-        standalone=True,
-        clusterwide=not namespaces,
-        namespaces=namespaces,
-    )
-    raise RuntimeError("Kopf ended by itself")
+    try:
+        await kopf.operator(
+            registry=registry_of(on_event, credentials),
+            settings=settings,
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+        )
+    except asyncio.CancelledError:  # after a signal it cancels itself
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise

@@ -200,7 +200,7 @@ async def run(settings: OperatorSettings, kubeconfig: str | None, context: str |
     try:
         if settings.metrics_port:
             runner = await probe.serve(health, settings.metrics_port)
-        work = asyncio.create_task(_lead_and_work(client, settings, health))
+        work = asyncio.create_task(_lead_and_work(client, settings, health, stopped))
         ticking = asyncio.create_task(health.tick())
         watching = asyncio.create_task(_own_signals(stopped))
         ending = asyncio.create_task(stopped.wait())
@@ -217,7 +217,10 @@ async def run(settings: OperatorSettings, kubeconfig: str | None, context: str |
 
 
 async def _own_signals(stopped: asyncio.Event) -> None:
-    """SIGTERM and SIGINT are ours; Kopf takes them over when it starts, so they are taken back every second."""
+    """SIGTERM and SIGINT are ours; Kopf takes them over when it starts, so they are taken back every second.
+
+    One that comes in between ends Kopf, and by that the process, in the same way.
+    """
     loop = asyncio.get_running_loop()
     while True:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -234,11 +237,18 @@ def _verdict(work: asyncio.Task[None]) -> int:
     return 1
 
 
-async def _lead_and_work(client: KubernetesClient, settings: OperatorSettings, health: probe.Health) -> None:
+async def _lead_and_work(
+    client: KubernetesClient, settings: OperatorSettings, health: probe.Health, stopped: asyncio.Event
+) -> None:
     """Wait for the Lease, work while it is held, give it back."""
     await _connected(client, health)
     operator = Operator(client, settings, health)
-    watch_ours = functools.partial(app.watch, credentials=client.credentials, namespaces=settings.namespaces)
+
+    async def watch_ours(on_event: OnEvent) -> None:
+        await app.watch(on_event, client.credentials, settings.namespaces)
+        stopped.set()  # the signal was caught by Kopf, which had just started
+        await asyncio.Event().wait()
+
     if settings.is_dry_run:
         log.info("dry run: nothing is written, not even the Lease")
         await operator.run(watch_ours)
