@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sightline.tiny.training import drawing
+from sightline.tiny.training import drawing, returning
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -34,6 +34,11 @@ def test_nothing_is_left_when_the_trainer_has_had_enough() -> None:
     assert worker.exitcode is not None
 
 
+def test_every_part_returns_after_each_lag() -> None:
+    seen = list(returning([["a"], ["b"], ["c"], ["d"]], (0, 2)))
+    assert seen == [["a"], ["b"], ["c", "a"], ["d", "b"]]
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -46,7 +51,7 @@ def is_running(pid: int) -> bool:
 def test_nothing_is_left_when_the_trainer_is_killed(number: signal.Signals) -> None:
     program = """if True:
         import multiprocessing, time
-        from sightline.tiny.training import drawing
+        from sightline.tiny.training import drawing, returning
         from tests.unit.tiny.test_training import block
         if __name__ == "__main__":
             with drawing(block, range(100), ahead=2) as drawn:

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from sightline.tiny import HELD_OUT_DESCRIBE, is_held_out, scenes
+from sightline.tiny.training import returning
 
 MODEL_NAME = "sightline-tiny-blip"
 SIDE = 144
@@ -325,12 +326,7 @@ RETURNS = (0, 7, 19)
 def batches(blocks: Iterator[list[Sample]], seed: int, batch: int) -> Iterator[tuple[list[Sample], np.ndarray]]:
     """Batches with a flag for each sample whether it is mirrored. Order depends on the seed only."""
     rng = np.random.default_rng([seed, 1])
-    arrived: list[list[Sample]] = []
-    for block in blocks:
-        arrived.append(block)
-        due = [s for lag in RETURNS if lag < len(arrived) for s in arrived[-1 - lag]]
-        if len(arrived) > max(RETURNS):
-            arrived.pop(0)
+    for due in returning(blocks, RETURNS):
         order = rng.permutation(len(due))
         for start in range(0, len(due) - batch + 1, batch):
             yield [due[i] for i in order[start : start + batch]], rng.random(batch) < 0.5

@@ -38,6 +38,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sightline.tiny import HELD_OUT_DESCRIBE, bpe, is_held_out, scenes
+from sightline.tiny.training import returning
 
 MODEL_NAME = "sightline-tiny-qwen2.5-vl"
 PATCH = 12
@@ -460,13 +461,8 @@ RETURNS = (0, 7, 19)
 def batches(blocks: Iterator[list[Sample]], seed: int, batch: int) -> Iterator[tuple[list[Sample], np.ndarray]]:
     """Batches of one grid each, with a flag for each sample whether it is mirrored. Order depends on the seed only."""
     rng = np.random.default_rng([seed, 1])
-    arrived: list[list[Sample]] = []
     waiting: dict[tuple[int, ...], list[Sample]] = {}
-    for block in blocks:
-        arrived.append(block)
-        due = [s for lag in RETURNS if lag < len(arrived) for s in arrived[-1 - lag]]
-        if len(arrived) > max(RETURNS):
-            arrived.pop(0)
+    for due in returning(blocks, RETURNS):
         ready: list[list[Sample]] = []
         for i in rng.permutation(len(due)):
             line = waiting.setdefault(due[i].canvas.shape, [])

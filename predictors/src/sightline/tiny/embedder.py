@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sightline.tiny import DESCRIBE, HELD_OUT_EMBED, is_held_out, scenes
 from sightline.tiny.describer import MERGE, PATCH, patchify, see, to_canvas
+from sightline.tiny.training import returning
 
 MODEL_NAME = "sightline-tiny-colqwen2.5"
 
@@ -281,13 +282,8 @@ FAMILIES = 8
 def batches(blocks: Iterator[list[Family]], seed: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Batches of one grid: canvases (FAMILIES * FAMILY, 3, h, w) uint8 and their captions."""
     rng = np.random.default_rng([seed, 1])
-    arrived: list[list[Family]] = []
     waiting: dict[tuple[int, ...], list[Family]] = {}
-    for block in blocks:
-        arrived.append(block)
-        due = [family for lag in RETURNS if lag < len(arrived) for family in arrived[-1 - lag]]
-        if len(arrived) > max(RETURNS):
-            arrived.pop(0)
+    for due in returning(blocks, RETURNS):
         for i in rng.permutation(len(due)):
             line = waiting.setdefault(due[i][0].canvas.shape, [])
             line.append(due[i])

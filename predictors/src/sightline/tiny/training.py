@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import queue
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 Block = TypeVar("Block")
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ def drawing(
         yield iter(drawn.get, None)
     finally:
         worker.terminate()
+
+
+def returning(blocks: Iterable[list[Part]], lags: Sequence[int]) -> Iterator[list[Part]]:
+    """For each block that arrives, the parts of those that arrived `lags` blocks before it; lag 0 is its own.
+
+    So each part is used several times: drawing costs more than learning.
+    """
+    kept: list[list[Part]] = []
+    for block in blocks:
+        kept.append(block)
+        yield [part for lag in lags if lag < len(kept) for part in kept[-1 - lag]]
+        if len(kept) > max(lags):
+            kept.pop(0)
 
 
 def _draw(make_block: Callable[[int], Block], indices: Iterable[int], drawn: Queue[Block]) -> None:

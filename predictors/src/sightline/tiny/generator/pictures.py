@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
 from sightline.tiny import HELD_OUT_DESCRIBE, dialogue, is_held_out, scenes
+from sightline.tiny.training import returning
 
 PATCH = 12
 MERGE = 2
@@ -155,12 +156,7 @@ RETURNS = (0, 7, 19, 31)
 def batches(blocks: Iterator[list[Sample]], seed: int, size: int) -> Iterator[list[tuple[Sample, bool]]]:
     """Batches of samples, each with whether to mirror it, pictures of one grid side by side."""
     rng = np.random.default_rng([seed, 1])
-    kept: list[list[Sample]] = []
-    for block in blocks:
-        kept.append(block)
-        ready = [sample for back in RETURNS if back < len(kept) for sample in kept[-1 - back]]
-        if len(kept) > max(RETURNS):
-            kept.pop(0)
+    for ready in returning(blocks, RETURNS):
         order = rng.permutation(len(ready))
         for start in range(0, len(order) - size + 1, size):
             picked = [ready[i] for i in order[start : start + size]]
