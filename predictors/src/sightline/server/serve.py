@@ -24,7 +24,7 @@ from sightline import __version__
 from sightline.configuration import Configured, configure, local_steps
 from sightline.errors import InvalidParameter
 from sightline.reload import serve_reloading
-from sightline.server.allocator import keep_few_arenas
+from sightline.server.allocator import return_memory
 from sightline.server.docs import add_docs
 from sightline.server.grpc import GrpcServer
 from sightline.server.guard import Guard
@@ -245,7 +245,7 @@ def read_command(argv: Sequence[str], prog: str) -> dict[str, Configured]:
 def main(argv: Sequence[str]) -> int:
     """`sightline serve NAME… [flags]`."""
     configured = read_command(argv, "sightline serve")
-    keep_few_arenas()
+    return_memory()
     _configure_logging(next(iter(configured.values())).settings)
     for kind, item in configured.items():
         log.info("settings predictor=%s %s", kind, shown(item.settings))
