@@ -18,7 +18,7 @@ GPU_IMAGE = ("--python-platform", "x86_64-manylinux_2_28")
 def main() -> None:
     compile_lock("vllm", platform=GPU_IMAGE)
     compile_lock("dev", platform=EVERYWHERE, constraint="vllm")
-    for name in ("demo", "serve", "gateway"):
+    for name in ("demo", "serve", "gateway", "operator", "image"):
         compile_lock(name, platform=EVERYWHERE, constraint="dev")
     compile_lock("uv", platform=EVERYWHERE)
 

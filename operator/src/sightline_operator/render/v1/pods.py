@@ -12,7 +12,7 @@ from sightline_operator.render.names import without_empty
 HTTP_PORT = 8080
 GRPC_PORT = 8081
 USER = 1000
-"""Of the images (predictors/Dockerfile)."""
+"""Of the images (Dockerfile)."""
 
 DRAIN_SECONDS = 10
 """Between leaving the endpoints and SIGTERM: the servers stop accepting at once, while proxies still learn of it."""
