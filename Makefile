@@ -66,12 +66,13 @@ openapi: .venv/.dev ## Write docs/openapi/*.json, without loading a model
 	@$(BIN)/python scripts/openapi.py
 
 .PHONY: manifests
-manifests: .venv/.dev ## Write manifests/{crd,rendered} and docs/operator from the operator's source and manifests/samples
+manifests: .venv/.dev ## Write manifests/{crd,rbac,rendered}, docs/operator and the chart's made parts from the operator's source
 	@$(BIN)/python scripts/manifests.py
+	@$(BIN)/python scripts/chart.py
 
 .PHONY: verify
 verify: openapi manifests ## Make every generated file again; fails when one differs
-	@git diff --exit-code --stat -- docs/openapi docs/operator manifests
+	@git diff --exit-code --stat -- charts docs/openapi docs/operator manifests
 
 .PHONY: lock
 lock: .venv/.dev ## Resolve the requirements again (hashes, no index lines)
