@@ -181,6 +181,7 @@ def _template(frame: Frame, spec: Batch, pipeline: Pipeline, verb: str) -> Manif
     container = {
         "name": WORKER,
         "image": frame.settings.images["worker"],
+        "command": ["python", "-m", "sightline.jobs"],  # the gateway's image is the worker's, too
         "args": [verb],
         "env": [{"name": "BATCH_FILE", "value": f"{CONFIGURATION[1]}/batch.json"}],
         "resources": resources_of(spec.resources, cpu="250m", memory="512Mi"),
