@@ -188,6 +188,26 @@ class Counts:
             completion_tokens=line.completion_tokens,
         )
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], size: int = 0) -> "Counts":
+        """Of a line as it was read back: what is counted of a chunk that somebody else, or an earlier process, wrote.
+
+        size   bytes of the image, which no line tells; the plan may
+        Tokens are counted where the row has `usage` {prompt_tokens, completion_tokens}, of its own or in its response.
+        """
+        fault = row.get("error")
+        if fault:
+            key = (str(fault["step"]), str(fault["code"]))
+            return cls(failed=1, size_bytes=size, failures={key: (1, str(row["custom_id"]))})
+        usage = row.get("usage") or ((row.get("response") or {}).get("body") or {}).get("usage") or {}
+        return cls(
+            succeeded=1,
+            unenhanced=int(bool(row.get("enhance_error"))),
+            size_bytes=size,
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As the operator reads it (its `contract.Progress`), but for the total."""
         rows = sorted(self.failures.items(), key=lambda row: (-row[1][0], row[0]))
