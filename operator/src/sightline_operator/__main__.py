@@ -1,4 +1,4 @@
-"""The command: `run` the operator, `render` what it would apply, print the `crds`."""
+"""The command: `run` the operator, `render` what it would apply, print the `crds` and the `rbac` that it needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sightline_operator.rbac import NAMESPACE, operator_roles, user_roles
 from sightline_operator.settings import OperatorSettings, RenderSettings
 
 PREFIX = "SIGHTLINE_OPERATOR_"
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser(os.environ).parse_args(arguments)
     if options.command == "crds":
         return _crds()
+    if options.command == "rbac":
+        return _rbac(options)
     return _run(options)
 
 
@@ -36,6 +39,14 @@ def _crds() -> int:
     from sightline_operator.api import crds
 
     sys.stdout.write("".join("---\n" + yaml.safe_dump(crd, sort_keys=False, width=120) for crd in crds()))
+    return 0
+
+
+def _rbac(options: argparse.Namespace) -> int:
+    from sightline_operator.render.cli import as_yaml
+
+    made = user_roles() if options.users else operator_roles(options.namespace, options.own_namespace)
+    sys.stdout.write(as_yaml(made))
     return 0
 
 
@@ -81,6 +92,10 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="print what the operator would apply (see `render --help`)", add_help=False)
     commands.add_parser("crds", help="print the CustomResourceDefinitions")
+    rbac = commands.add_parser("rbac", help="print the operator's ServiceAccount, its roles and their bindings")
+    rbac.add_argument("-n", "--namespace", action="append", default=[], help="to look at; none: all of them")
+    rbac.add_argument("--own-namespace", default=NAMESPACE, help="of the operator's pods and Lease")
+    rbac.add_argument("--users", action="store_true", help="instead: roles of people, aggregated into edit and view")
     run = commands.add_parser(
         "run",
         help="run the operator",
