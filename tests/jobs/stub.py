@@ -62,7 +62,7 @@ class Stub:
     refused: Counter[int] = field(default_factory=Counter[int])
     """Other answers, by status."""
     priorities: Counter[str] = field(default_factory=Counter[str])
-    answered_at: array[float] = field(default_factory=lambda: array("d"))
+    answered_at: "array[float]" = field(default_factory=lambda: array("d"))
     open: int = 0
     most_open: int = 0
     _flaky: set[str] = field(default_factory=set[str])
