@@ -86,6 +86,7 @@ class Fault:
     http_status  of the last answer, None when there was none
     first_at     of the first and
     last_at      of the last attempt, seconds since 1970
+    detail       what a server's own route says of it beside that, such as its stable code; JSON
     """
 
     step: StepName
@@ -95,10 +96,11 @@ class Fault:
     attempts: int = 1
     first_at: float = 0.0
     last_at: float = 0.0
+    detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> dict[str, Any]:
         message = self.message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
-        return {
+        said = {
             "step": self.step,
             "code": self.code,
             "message": message,
@@ -107,6 +109,7 @@ class Fault:
             "first_at": round(self.first_at, 3),
             "last_at": round(self.last_at, 3),
         }
+        return said | ({"detail": dict(self.detail)} if self.detail else {})
 
 
 @dataclass(frozen=True, slots=True)
