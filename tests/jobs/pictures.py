@@ -5,15 +5,18 @@ import struct
 import zlib
 
 SIDE = 4
+NO_PICTURE = b"These bytes are no picture."
 MARK = b"tEXtfault\x00"
 
 
 def picture(number: int, fault: str = "") -> bytes:
     """A PNG of 4×4 pixels, about 110 bytes.
 
-    fault  what the stub does with it: `422` it is refused, `flaky` its first ask is answered 503, `unenhanced` its
-           caption cannot be enhanced
+    fault  what the stub does with it: `422` it is refused, `flaky` its first ask is answered 500, `unenhanced` its
+           caption cannot be enhanced; `text`: it is no picture
     """
+    if fault == "text":
+        return NO_PICTURE
     pixels = hashlib.shake_128(number.to_bytes(8, "big")).digest(SIDE * SIDE * 3)
     rows = b"".join(b"\x00" + pixels[row * SIDE * 3 : (row + 1) * SIDE * 3] for row in range(SIDE))
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0))

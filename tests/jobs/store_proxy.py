@@ -45,6 +45,10 @@ class Call:
     is_conditional: bool
 
 
+Action = Callable[[Call], bool | None]
+"""True, before the store has the call: the store never gets it."""
+
+
 @dataclass
 class Hook:
     """What happens at the n-th call of a kind, before the store has it or after it has answered. In a thread."""
@@ -52,7 +56,7 @@ class Hook:
     method: str
     pattern: re.Pattern[str]
     when: When
-    action: Callable[[Call], None]
+    action: Action
     after_calls: int = 0
     times: int = 1
     seen: int = 0
@@ -88,9 +92,7 @@ class StoreProxy:
     hooks: list[Hook] = field(default_factory=list[Hook])
     rng: random.Random = field(default_factory=lambda: random.Random(11))
 
-    def at(
-        self, method: str, pattern: str, when: When, action: Callable[[Call], None], *, after_calls: int = 0
-    ) -> Hook:
+    def at(self, method: str, pattern: str, when: When, action: Action, *, after_calls: int = 0) -> Hook:
         """Do something at the next such call, `after_calls` later ones still to pass. `hook.reached` is set then."""
         hook = Hook(method, re.compile(pattern), when, action, after_calls)
         self.hooks.append(hook)
@@ -147,7 +149,8 @@ class StoreProxy:
         key = request.path.lstrip("/").partition("/")[2]
         call = Call(request.method, key or request.query_string, request.headers.get("If-None-Match") == "*")
         body = await request.read()
-        await self._run_hooks(call, BEFORE)
+        if await self._run_hooks(call, BEFORE):
+            return self._cut(request, call)
         fault = self._fault(call)
         if fault == "black":
             return self._cut(request, call)
@@ -207,10 +210,13 @@ class StoreProxy:
         if request.transport is not None:
             request.transport.abort()
 
-    async def _run_hooks(self, call: Call, when: When) -> None:
+    async def _run_hooks(self, call: Call, when: When) -> bool:
+        """Whether the call ends here."""
+        is_dropped = False
         for hook in [hook for hook in self.hooks if hook.wants(call, when)]:
-            await asyncio.to_thread(hook.action, call)
+            is_dropped = bool(await asyncio.to_thread(hook.action, call)) or is_dropped
             hook.reached.set()
+        return is_dropped
 
 
 @contextlib.contextmanager
@@ -221,7 +227,7 @@ def proxying(upstream: str, **faults: Any) -> Generator[StoreProxy]:
         yield proxy
 
 
-def hold(until: threading.Event, seconds: float = 60) -> Callable[[Call], None]:
+def hold(until: threading.Event, seconds: float = 60) -> Action:
     """An action that keeps a call waiting until somebody lets it go."""
 
     def wait(call: Call) -> None:

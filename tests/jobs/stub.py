@@ -21,8 +21,10 @@ from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import orjson
 
@@ -30,8 +32,14 @@ from tests.jobs import pictures
 from tests.jobs.threads import Loop, looping
 
 REVISION = "stub-revision-1"
-PHRASES = {200: "OK", 404: "Not Found", 422: "Unprocessable Content", 429: "Too Many Requests", 503: "Unavailable"}
-CODES = {404: "not_found", 422: "invalid_image", 429: "queue_full", 503: "unavailable"}
+CODES = {
+    400: "invalid_image",
+    404: "route_not_found",
+    422: "invalid_parameter",
+    429: "queue_full",
+    500: "internal_error",
+    503: "unavailable",
+}
 
 Answer = tuple[int, Mapping[str, Any]]
 
@@ -113,10 +121,11 @@ class Stub:
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def answer(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    def answer(self, address: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """What a request is answered, by its route."""
+        path, _, query = address.partition("?")
         if path == "/caption":
-            return self._caption(headers, body)
+            return self._caption(query, headers, body)
         if path.startswith("/v2/models/") and path.endswith("/infer"):
             return self._infer(headers, body)
         if path.endswith("/v1/chat/completions"):
@@ -128,10 +137,11 @@ class Stub:
             return 200, {"first": next((at for at in self.answered_at if at >= since), None)}
         if path.startswith(("/health", "/v2/")):
             return (503 if self.is_unavailable else 200), {"ok": not self.is_unavailable, "ready": True}
-        return 404, {"detail": "no such route", "code": "not_found"}
+        return 404, {"detail": "There is no such route.", "code": CODES[404]}
 
-    def _caption(self, headers: Mapping[str, str], body: bytes) -> Answer:
-        fields = _fields(headers.get("content-type", ""), body)
+    def _caption(self, query: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        fields = {name: value.encode() for name, value in parse_qsl(query)}
+        fields |= _fields(headers.get("content-type", ""), body)
         data = fields.get("image") or fields.get("s3_uri") or b""
         status = self._verdict(data)
         if status != 200:
@@ -193,7 +203,9 @@ class Stub:
         fault = pictures.fault_of(data)
         if fault == "flaky" and (name := pictures.digest(data)) not in self._flaky:
             self._flaky.add(name)
-            return 503
+            return 500
+        if data == pictures.NO_PICTURE:
+            return 400
         return 422 if fault == "422" else 200
 
 
@@ -235,17 +247,16 @@ class _Connection(asyncio.Protocol):
             return
         self._buffer = rest[length:]
         self._is_busy = True
-        path = first.split(" ")[1].partition("?")[0]
-        self._answer(path, headers, rest[:length])
+        self._answer(first.split(" ")[1], headers, rest[:length])
 
-    def _answer(self, path: str, headers: Mapping[str, str], body: bytes) -> None:
+    def _answer(self, address: str, headers: Mapping[str, str], body: bytes) -> None:
         stub = self._stub
         stub.open += 1
         stub.most_open = max(stub.most_open, stub.open)
         if "x-priority" in headers:
             stub.priorities[headers["x-priority"]] += 1
-        answer = stub.answer(path, headers, body)
-        is_ask = not path.startswith(("/stub", "/health"))
+        answer = stub.answer(address, headers, body)
+        is_ask = not address.startswith(("/stub", "/health"))
         if stub.delay_seconds and is_ask:
             asyncio.get_running_loop().call_later(stub.delay_seconds, self._send, answer)
         else:
@@ -260,7 +271,7 @@ class _Connection(asyncio.Protocol):
         body = orjson.dumps(said)
         wait = "retry-after: 0\r\n" if status == 429 else ""
         head = (
-            f"HTTP/1.1 {status} {PHRASES[status]}\r\ncontent-type: application/json\r\n{wait}"
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n{wait}"
             f"x-pipeline-revision: {self._stub.revision}\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         self._transport.write(head.encode() + body)
