@@ -7,6 +7,7 @@ What can be wrong with a store, whichever it is:
     StoreFault
     ├── Missing ............... there is no such object
     ├── Changed ............... the object is another one than was asked for (If-Match)
+    ├── TooLarge .............. the object has more bytes than the caller takes
     ├── BucketMissing ......... there is no such bucket, container or folder
     ├── AccessDenied .......... no credentials, wrong ones, or without the right
     ├── NoConditionalWrites ... the store writes over what must be written once; only `probe` says so
@@ -74,6 +75,10 @@ class Missing(StoreFault):
 
 class Changed(StoreFault):
     """The object is not the one that was asked for."""
+
+
+class TooLarge(StoreFault):
+    """An object has more bytes than the caller takes."""
 
 
 class BucketMissing(StoreFault):
@@ -166,11 +171,13 @@ class Objects:
         except Missing:
             return None
 
-    async def fetch(self, key: str, etag: str | None = None) -> Found:
-        """An object, whole. Raises Missing, and Changed when it no longer has that ETag."""
+    async def fetch(self, key: str, etag: str | None = None, *, max_bytes: int | None = None) -> Found:
+        """An object, whole. Raises Missing, Changed when it no longer has that ETag, and TooLarge, having read nothing."""
 
         def get(path: str) -> Found:
             result = obstore.get(self._store, path, options={"if_match": etag} if etag else None)
+            if max_bytes is not None and result.meta["size"] > max_bytes:
+                raise TooLarge(f"{self.where}: {key} has {result.meta['size']} bytes, more than {max_bytes}")
             return Found(bytes(result.bytes()), result.meta["e_tag"])
 
         return await self._call(key, get)
