@@ -17,9 +17,8 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Literal
 
 from sightline.errors import QueueFull
@@ -27,6 +26,7 @@ from sightline.jobs.ahead import ahead
 from sightline.jobs.finish import Ended, Which, finish, lines_of
 from sightline.jobs.inputs import InputFault
 from sightline.jobs.items import Counts, Fault, Item, Line
+from sightline.jobs.layout import PARTS
 from sightline.jobs.leases import LEASE_SECONDS, Lease, Leases, TooManyHolders
 from sightline.jobs.objects import Objects, is_id
 from sightline.jobs.plan import Plan, make_plan, read_plan
@@ -218,8 +218,10 @@ class Runner:
                 break
         return states
 
-    async def cancel(self, job_id: str, principal: str) -> State | None:
+    async def cancel(self, job_id: str, principal: str | None) -> State | None:
         """End a job early, whichever replica works on it; what is done is kept, the rest ends as `batch_cancelled`.
+
+        principal  whose it must be; None: the server itself wants it
 
         Returns the state, already `cancelling` unless it had ended; None as `get` does.
         """
@@ -255,9 +257,17 @@ class Runner:
             return None
         return await self._records.upload(job.id, item.uri.removeprefix(UPLOAD))
 
-    async def _job_of(self, job_id: str, principal: str) -> Job | None:
+    async def chunks(self, job_id: str, known: Collection[str] = ()) -> list[tuple[str, bytes]]:
+        """Key and bytes of the chunks that are committed and not `known` yet, in order."""
+        keys = sorted(set(await self._objects.keys(self._records.layout(job_id).root + PARTS)) - set(known))
+        return [chunk async for chunk in ahead(self._chunk, keys, ASKED_AT_ONCE)]
+
+    async def _chunk(self, key: str) -> tuple[str, bytes]:
+        return key, (await self._objects.fetch(key)).data
+
+    async def _job_of(self, job_id: str, principal: str | None) -> Job | None:
         job = await self._records.job(job_id) if is_id(job_id) else None
-        return job if job is not None and job.principal == principal else None
+        return job if job is not None and principal in (None, job.principal) else None
 
     async def _readable(self, job_id: str) -> Job | None:
         try:
@@ -362,7 +372,7 @@ class Runner:
             return
         if lease is None or job.id in self._tasks:
             return  # somebody works on it
-        self._live[job.id] = _Live(Stop(), {})
+        self._live[job.id] = _Live(Stop(), {}, total=None if plan is None else plan.items)
         task = asyncio.create_task(self._work(job, lease, plan), name=f"{self._kind}-{job.id}")
         self._tasks[job.id] = task
         task.add_done_callback(lambda task: self._forget(job.id, task))
@@ -435,7 +445,7 @@ class Runner:
                     shard,
                     self._objects,
                     lambda item: self._do_one(job, live, item),
-                    width=self._width,
+                    width=min(self._width, plan.items),
                     stop=live.stop,
                     on_line=count,
                 )
