@@ -48,7 +48,7 @@ async def read(files: Files, file: File) -> bytes:
 
 async def test_a_file_comes_back_byte_for_byte_and_with_what_was_found_in_it(files: Files) -> None:
     content = bytes(range(256)) * (3 * PIECE_BYTES // 256) + b"end"
-    found = Checked(2, ("/caption",), (LineFault("invalid_url", "No.", 2, "url"),))
+    found = Checked(2, ("/v1/chat/completions",), ("m",), (LineFault("invalid_url", "No.", 2, "url"),))
     file = await add(files, content, checked=found)
     assert is_file_id(file.id)
     assert await files.get(file.id, "me") == file

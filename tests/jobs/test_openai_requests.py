@@ -21,9 +21,9 @@ def checked(lines: Iterable[bytes], *, most: int = 100, longest: int = 10_000) -
 
 
 def test_a_good_file_has_its_requests_and_endpoints() -> None:
-    lines = [line("a") + b"\n", b"\n", line("b", url="/caption") + b"\r\n", line("c")]
-    assert checked(lines) == Checked(3, ("/caption", "/v1/chat/completions"))
-    assert item(lines[2]) == Item("b", url="/caption", body={"model": "m"})
+    lines = [line("a") + b"\n", b"\n", line("b", body={"model": "n"}) + b"\r\n", line("c")]
+    assert checked(lines) == Checked(3, ("/v1/chat/completions",), ("m", "n"))
+    assert item(lines[2]) == Item("b", url="/v1/chat/completions", body={"model": "n"})
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,10 @@ def test_a_good_file_has_its_requests_and_endpoints() -> None:
         (line("good"), "duplicate_custom_id", "custom_id"),
         (line(method="GET"), "invalid_method", "method"),
         (line(url="/v1/embeddings"), "invalid_url", "url"),
-        (line(url=["/caption"]), "invalid_url", "url"),
+        (line(url=["/v1/chat/completions"]), "invalid_url", "url"),
         (line(body=None), "invalid_body", "body"),
-        (line(body={"stream": True}), "invalid_body", "body.stream"),
+        (line(body={}), "model_missing", "body.model"),
+        (line(body={"model": "m", "stream": True}), "invalid_body", "body.stream"),
     ],
     ids=lambda value: value[:40].decode(errors="replace") if isinstance(value, bytes) else value,
 )
@@ -63,6 +64,12 @@ def test_reading_ends_at_what_is_too_much() -> None:
 
     assert [(fault.code, fault.line) for fault in checked(lines(), most=2).faults] == [("too_many_requests", 3)]
     assert [fault.code for fault in checked(lines(), longest=10).faults] == ["line_too_long"]
+
+
+def test_a_file_names_a_few_models_and_no_more() -> None:
+    found = checked(line(str(number), body={"model": f"m{number}"}) for number in range(10))
+    assert found.models == tuple(f"m{number}" for number in range(8))
+    assert [(fault.code, fault.line) for fault in found.faults] == [("too_many_models", 9), ("too_many_models", 10)]
 
 
 def test_at_most_so_many_faults_are_told() -> None:

@@ -55,7 +55,12 @@ class File:
         }
         if self.checked is not None:
             faults = [fault.to_json() for fault in self.checked.faults]
-            said |= {"requests": self.checked.requests, "endpoints": list(self.checked.endpoints), "faults": faults}
+            said |= {
+                "requests": self.checked.requests,
+                "endpoints": list(self.checked.endpoints),
+                "models": list(self.checked.models),
+                "faults": faults,
+            }
         return said
 
     @classmethod
@@ -63,7 +68,7 @@ class File:
         checked = None
         if "requests" in said:
             faults = tuple(LineFault.from_json(fault) for fault in said["faults"])
-            checked = Checked(int(said["requests"]), tuple(said["endpoints"]), faults)
+            checked = Checked(int(said["requests"]), tuple(said["endpoints"]), tuple(said["models"]), faults)
         return cls(
             id=said["id"],
             filename=said["filename"],

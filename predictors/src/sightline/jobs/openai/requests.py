@@ -13,11 +13,12 @@ import orjson
 
 from sightline.jobs.items import Item, is_custom_id
 
-ENDPOINTS = ("/v1/chat/completions", "/caption")
-"""What a line may ask for: any model that chats, or the gateway's own route."""
+ENDPOINTS = ("/v1/chat/completions",)
+"""What a line may ask for: any model that chats."""
 
 MAX_FAULTS = 50
 """A file that is wrong in more places is described well enough by these."""
+MAX_MODELS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,14 @@ class Checked:
     """What was found in a file.
 
     requests   lines that are not blank
-    endpoints  that they name
+    endpoints  and
+    models     that they name
     faults     at most MAX_FAULTS; a file with any is no batch
     """
 
     requests: int
     endpoints: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     faults: tuple[LineFault, ...] = ()
 
 
@@ -55,6 +58,7 @@ class Checked:
 class _Findings:
     faults: list[LineFault] = field(default_factory=list[LineFault])
     endpoints: set[str] = field(default_factory=set[str])
+    models: set[str] = field(default_factory=set[str])
     seen: set[bytes] = field(default_factory=set[bytes])
     """Digests of the ids: 50,000 ids of 512 characters would be 25 MB, these are 5."""
     requests: int = 0
@@ -84,7 +88,7 @@ def check(lines: Iterable[bytes], *, max_requests: int, max_line_bytes: int) -> 
                 break
     if not found.requests and not found.faults:
         found.faults.append(LineFault("empty_file", "The file has no requests."))
-    return Checked(found.requests, tuple(sorted(found.endpoints)), tuple(found.faults))
+    return Checked(found.requests, tuple(sorted(found.endpoints)), tuple(sorted(found.models)), tuple(found.faults))
 
 
 def _check_line(line: bytes, number: int, found: _Findings) -> LineFault | None:
@@ -108,9 +112,21 @@ def _check_line(line: bytes, number: int, found: _Findings) -> LineFault | None:
     if not isinstance(url, str) or url not in ENDPOINTS:
         return LineFault("invalid_url", f"url must be {' or '.join(ENDPOINTS)}.", number, "url")
     found.endpoints.add(url)
+    return _check_body(body, number, found)
+
+
+def _check_body(body: object, number: int, found: _Findings) -> LineFault | None:
     if not isinstance(body, dict):
         return LineFault("invalid_body", "body must be a JSON object.", number, "body")
-    if cast("Mapping[str, object]", body).get("stream"):
+    fields = cast("Mapping[str, object]", body)
+    model = fields.get("model")
+    if not isinstance(model, str) or not model:
+        return LineFault("model_missing", "body.model must name one of the served models.", number, "body.model")
+    found.models.add(model)
+    if len(found.models) > MAX_MODELS:
+        found.models.discard(model)
+        return LineFault("too_many_models", f"A file may name at most {MAX_MODELS} models.", number, "body.model")
+    if fields.get("stream"):
         return LineFault("invalid_body", "A request of a batch cannot be streamed.", number, "body.stream")
     return None
 
