@@ -172,7 +172,7 @@ class Objects:
             return None
 
     async def fetch(self, key: str, etag: str | None = None, *, max_bytes: int | None = None) -> Found:
-        """An object, whole. Raises Missing, Changed when it no longer has that ETag, and TooLarge, having read nothing."""
+        """An object, whole. Raises Missing, Changed (it no longer has that ETag) and TooLarge, having read nothing."""
 
         def get(path: str) -> Found:
             result = obstore.get(self._store, path, options={"if_match": etag} if etag else None)

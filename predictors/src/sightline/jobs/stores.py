@@ -105,7 +105,7 @@ def open_location(location: Location, *, patience_seconds: float = PATIENCE_SECO
     address = Address.of(location.url)
     prefix = address.key.strip("/")
     where = address.uri(prefix) if address.scheme != "file" else address.key
-    retrying: "RetryConfig" = {
+    retrying: RetryConfig = {
         "max_retries": 100,
         "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=4), "base": 2},
         "retry_timeout": timedelta(seconds=patience_seconds),
@@ -284,7 +284,7 @@ class Stores:
 
 def read_file(path: Path, etag: str | None, max_bytes: int | None) -> bytes:
     """A file as it was when it was planned. Raises Missing, Changed, TooLarge, AccessDenied, StoreUnavailable."""
-    with _file_faults(path), path.open("rb", opener=_opened) as file:
+    with _file_faults(path), open(path, "rb", opener=_opened) as file:
         entry = _entry(path, os.fstat(file.fileno()))
         if etag is not None and entry.etag != etag:
             raise Changed(f"{path}: the file has changed")
