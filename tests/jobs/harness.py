@@ -242,7 +242,7 @@ class Batch:
 
     # --- looking behind the scenes -----------------------------------------------------------------------------------
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def listing(self, prefix: str = "") -> list[str]:
         """Below this batch's root, past the proxy."""
         pages = self.s3.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=self.root + prefix)
         return [entry["Key"][len(self.root) :] for page in pages for entry in page.get("Contents", ())]
