@@ -98,6 +98,7 @@ async def run_shard(
     on_line: Callable[[Line], None] | None = None,
     waiting: Callable[[], Waiting] | None = None,
     store_patience_seconds: float = STORE_PATIENCE_SECONDS,
+    open_chunks: int = OPEN_CHUNKS,
 ) -> Counts:
     """Do what is missing of a shard, and say that it is done. Returns the counts of all of it.
 
@@ -106,6 +107,7 @@ async def run_shard(
     on_line  told every line of this process when its item is done (its chunk may still be open)
     waiting  why the worker stands still just now, for `progress/`
     store_patience_seconds  beyond the store's own, for which finished chunks wait for a store that is away or full
+    open_chunks  begun and not in the store, at most; more than two where a chunk has fewer items than are done at once
 
     Any number of processes may do the same shard at the same time. Raises ShardCorrupt, PartCorrupt (a chunk that lies
     there is none of this shard), Stopped, TooManyFailures, what `do` raises, and the faults of the store.
@@ -118,6 +120,7 @@ async def run_shard(
     work = _Work(page, plan, shard, objects, items, there, do)
     work.gate, work.stop, work.patience = asyncio.Semaphore(width), stop or Stop(), store_patience_seconds
     work.on_line, work.waiting = on_line or _unheard, waiting or _not_waiting
+    work.most_open = open_chunks
     return await work.run()
 
 
@@ -147,6 +150,7 @@ class _Work:
         self.gate = asyncio.Semaphore(1)
         self.stop = Stop()
         self.patience = STORE_PATIENCE_SECONDS
+        self.most_open = OPEN_CHUNKS
         self.on_line: Callable[[Line], None] = _unheard
         self.waiting: Callable[[], Waiting] = _not_waiting
         self.most_failures = _most_failures(page, plan)
@@ -184,7 +188,7 @@ class _Work:
         begun = 0
         try:
             while True:
-                while len(tasks) < OPEN_CHUNKS and begun < len(self.chunks) and not self.stop.is_closing:
+                while len(tasks) < self.most_open and begun < len(self.chunks) and not self.stop.is_closing:
                     if begun not in self.there:
                         tasks[asyncio.create_task(self._do_chunk(begun))] = begun
                     begun += 1
