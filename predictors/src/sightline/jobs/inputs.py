@@ -22,6 +22,7 @@ from sightline.jobs.layout import Layout
 from sightline.jobs.objects import AccessDenied, BucketMissing, Missing, Objects, TooLarge
 from sightline.jobs.page import Input, Location, Page
 from sightline.jobs.plan import Plan, PlanCorrupt, ShardCorrupt, make_plan, read_plan, read_shard
+from sightline.jobs.sidecars import sidecar_key
 from sightline.jobs.stores import Address, Stores, open_location
 
 Reason = Literal["InputNotFound", "InputEmpty", "InputTooLarge", "InvalidManifest", "AccessDenied"]
@@ -433,37 +434,47 @@ def _code(row: Mapping[str, Any] | None) -> str:
 async def has_caption(page: Page) -> Callable[[Item], bool]:
     """Tells of an item whether its image has a caption in a `.txt` that is not empty, as of now.
 
-    Sidecars are listed once; memory holds sixteen bytes for each. Raises InputFault and StoreUnavailable.
+    They are looked for where the page writes them, else beside the images. Listed once; memory holds sixteen bytes for
+    each. Raises InputFault and StoreUnavailable.
     """
-    from sightline.jobs.sidecars import sidecar_key
-
-    images = page.input.location
-    sidecars = page.outputs.sidecars or images
-    folder = _folder_of(sidecars)
+    listed, name = _captions_at(page)
     found = bytearray()
     with _as_input_faults(), contextlib.suppress(BucketMissing):
-        async for entry in Stores(sidecars).entries(replace(sidecars, url=Address.of(sidecars.url).uri(folder))):
+        async for entry in Stores(listed).entries(listed):
             if entry.size and entry.key.endswith(".txt"):
-                found += _digest(entry.key.removeprefix(folder))
-    digests = numpy.frombuffer(bytes(found), dtype="V16")
+                found += _digest(entry.key)
+    digests = numpy.frombuffer(found, dtype="V16")
     digests.sort()
 
     def has(item: Item) -> bool:
-        if not item.uri:
+        if "://" not in item.uri:
             return False
-        wanted = numpy.frombuffer(_digest(sidecar_key(sidecars, images, item.uri)), dtype="V16")
+        wanted = numpy.frombuffer(_digest(name(item.uri)), dtype="V16")
         at = int(numpy.searchsorted(digests, wanted)[0])
-        return at < len(digests) and digests[at] == wanted[0]
+        return at < len(digests) and bool(digests[at] == wanted[0])
 
     return has
 
 
-def _folder_of(location: Location) -> str:
-    return f"{Address.of(location.url).key.rstrip('/')}/".removeprefix("/") or ""
+def _captions_at(page: Page) -> tuple[Location, Callable[[str], str]]:
+    """Where captions are listed, and the whole key that an image's has."""
+    images = page.input.location if page.input.kind != "retry_of" else page.input.images or page.input.location
+    sidecars = page.outputs.sidecars
+    if sidecars is not None:
+        address = Address.of(sidecars.url)
+        folder = "" if address.key.strip("/") == "" else f"{address.key.rstrip('/')}/"
+        below = replace(sidecars, url=address.uri(folder or address.key))
+        return below, lambda uri: folder + sidecar_key(sidecars, images, uri)
+    address = Address.of(images.url)
+    listed = images
+    if page.input.kind != "prefix":  # a list's images are looked for where the list lies
+        listed = replace(images, url=images.url[: images.url.rfind("/") + 1])
+    whole = replace(images, url=address.store)
+    return listed, lambda uri: sidecar_key(whole, whole, uri)
 
 
 def _digest(key: str) -> bytes:
-    return blake2b(key.encode(errors="surrogateescape"), digest_size=16).digest()
+    return blake2b(key.lstrip("/").encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 @contextlib.contextmanager

@@ -286,8 +286,6 @@ class Objects:
         try:
             await self._create_once(key, b"first")
             is_overwritten = await self._create_once(key, b"second")
-        except NotSupportedError as error:
-            raise NoConditionalWrites(f"{self.where} has no conditional writes") from error
         finally:
             with contextlib.suppress(Exception):  # a right to delete is not needed otherwise
                 await self.remove(key)
@@ -311,8 +309,6 @@ class Objects:
         try:
             return await in_thread(call, self._root + key)
         except (BaseError, FileNotFoundError, PermissionError) as error:
-            if isinstance(error, NotSupportedError):
-                raise
             raise fault_of(error, self.where, key) from error
 
 
@@ -324,6 +320,8 @@ def fault_of(error: Exception, where: str, key: str) -> StoreFault:
         return BucketMissing(f"{where}: there is no such bucket")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or _holds(text, _REFUSED):
         return AccessDenied(f"{where}: access denied")
+    if isinstance(error, NotSupportedError):
+        return NoConditionalWrites(f"{where} has no conditional writes")
     if isinstance(error, FileNotFoundError):
         return Missing(f"{place}: there is no such object")
     if isinstance(error, PreconditionError):

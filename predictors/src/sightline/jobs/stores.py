@@ -21,7 +21,6 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import urlsplit, urlunsplit
 
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     import boto3.session
     from botocore.client import BaseClient
     from botocore.credentials import ReadOnlyCredentials
-    from obstore.store import RetryConfig, S3Credential
+    from obstore.store import ClientConfig, RetryConfig, S3Credential
 
 T = TypeVar("T")
 
@@ -56,7 +55,14 @@ MAX_STORES = 64
 _REFRESH = timedelta(minutes=5)
 """After that, credentials are read again: files of a Secret change under a running pod."""
 _KEY_FILES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_AZURE_FILES = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY")
 _DEFAULT_REGION = "us-east-1"
+_TIMEOUTS: "ClientConfig" = {
+    "connect_timeout": timedelta(seconds=5),
+    "read_timeout": timedelta(seconds=30),
+    "timeout": timedelta(minutes=5),
+}
+"""Of one request: 20 MiB may come slowly, silence may not last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +122,16 @@ def open_location(location: Location, *, patience_seconds: float = PATIENCE_SECO
         return Objects(_folder(Path(address.key)), where=where)
     if address.scheme == "gs":
         account = _service_account(location.credentials)
-        return Objects(GCSStore(address.bucket, prefix=prefix or None, retry_config=retrying, **account), where=where)
+        return Objects(
+            GCSStore(address.bucket, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **account),
+            where=where,
+        )
     if address.scheme == "az":
         keys = _azure_keys(location.credentials)
-        return Objects(AzureStore(address.bucket, prefix=prefix or None, retry_config=retrying, **keys), where=where)
+        return Objects(
+            AzureStore(address.bucket, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **keys),
+            where=where,
+        )
     return Objects(_s3(address.bucket, prefix, location, retrying), where=where)
 
 
@@ -130,12 +142,20 @@ class Stores:
                kind of store that none of them is, is not opened: an item of a bucket's list is no file of this machine.
     uploads    the batch's own store, for `upload:`
     max_bytes  of one image
+    patience_seconds  how long a call is repeated while a store is away
     """
 
-    def __init__(self, *locations: Location, uploads: Objects | None = None, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        *locations: Location,
+        uploads: Objects | None = None,
+        max_bytes: int | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
         self._locations = locations
         self._uploads = uploads
         self._max_bytes = max_bytes
+        self._patience_seconds = patience_seconds
         self._objects: dict[str, Objects] = {}
         self._clients: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -144,9 +164,13 @@ class Stores:
     def of(
         cls, page: Page, objects: Objects, source: Location | None = None, *, max_bytes: int | None = None
     ) -> "Stores":
-        """Of a batch. `source`: of its plan (where the items of a batch that is done again once came from)."""
-        own = page.input.location
-        known = (own,) if source is None else (replace(source, credentials=own.credentials), own)
+        """Of a batch. `source`: of its plan, which knows where the items of an earlier batch came from."""
+        said = page.input
+        known = [said.location] if said.kind != "retry_of" else []
+        if said.images is not None:
+            known.append(said.images)
+        elif source is not None:
+            known.append(replace(source, credentials=said.location.credentials))
         return cls(*known, uploads=objects, max_bytes=max_bytes)
 
     async def fetch(self, item: Item) -> bytes:
@@ -177,6 +201,8 @@ class Stores:
         if address.scheme == "file":
             self._location(address)
             return await in_thread(stat_file, Path(address.key))
+        if address.scheme == "s3" and not _is_plain(address.key):
+            return await in_thread(self._stat_odd, address)
         return await self._at(address).stat(address.key)
 
     def stream(self, uri: str) -> AsyncGenerator[bytes]:
@@ -225,11 +251,20 @@ class Stores:
     def _page(self, address: Address, after: str) -> list[dict[str, Any]]:
         """The next thousand keys. Asked by the last key and not by a token, so that it can be asked again."""
         client = self._client(address)
-        said = _patiently(
-            lambda: client.list_objects_v2(Bucket=address.bucket, Prefix=address.key, StartAfter=after, MaxKeys=LISTED),
-            address.store,
-        )
-        return cast("list[dict[str, Any]]", said.get("Contents", []))
+
+        def ask() -> dict[str, Any]:
+            return client.list_objects_v2(Bucket=address.bucket, Prefix=address.key, StartAfter=after, MaxKeys=LISTED)
+
+        return self._patiently(ask, address).get("Contents", [])
+
+    def _stat_odd(self, address: Address) -> Entry:
+        client = self._client(address)
+
+        def ask() -> dict[str, Any]:
+            return client.head_object(Bucket=address.bucket, Key=address.key)
+
+        said = self._patiently(ask, address)
+        return Entry(address.key, said["ContentLength"], said["ETag"])
 
     def _read_odd(self, address: Address, etag: str | None) -> bytes:
         client = self._client(address)
@@ -240,7 +275,22 @@ class Stores:
             self._check(said["ContentLength"], address.uri(address.key))
             return cast("bytes", said["Body"].read())
 
-        return _patiently(read, address.store, address.key)
+        return self._patiently(read, address)
+
+    def _patiently(self, call: Callable[[], T], address: Address) -> T:
+        """Call boto3, again while the store is away; its faults become ours."""
+        until, pause = time.monotonic() + self._patience_seconds, 0.2
+        while True:
+            try:
+                return call()
+            except StoreFault:
+                raise
+            except Exception as error:
+                fault = _boto_fault(error, address.store, address.key)
+                if not isinstance(fault, StoreUnavailable) or time.monotonic() + pause > until:
+                    raise fault from error
+                time.sleep(pause)
+                pause = min(pause * 2, 4.0)
 
     def _client(self, address: Address) -> "BaseClient":
         with self._lock:
@@ -268,7 +318,7 @@ class Stores:
                 if len(self._objects) >= MAX_STORES:
                     raise ValueError(f"the items of a batch may lie in at most {MAX_STORES} buckets")
                 location = replace(self._location(address), url=address.store)
-                self._objects[address.store] = open_location(location)
+                self._objects[address.store] = open_location(location, patience_seconds=self._patience_seconds)
             return self._objects[address.store]
 
     def _location(self, address: Address) -> Location:
@@ -389,18 +439,17 @@ def _readable(folder: Path) -> LocalStore:
 
 def _s3(bucket: str, prefix: str, location: Location, retrying: "RetryConfig") -> S3Store:
     session = _session(location)
-    endpoint, is_path_style = _endpoint(location), _is_path_style(location, bucket)
-    options: dict[str, Any] = {"virtual_hosted_style_request": not is_path_style}
+    endpoint = _endpoint(location)
+    options: dict[str, Any] = {"virtual_hosted_style_request": not _is_path_style(location, bucket)}
     if endpoint:
-        # obstore wants the bucket in the host's name when it is to be addressed so.
-        options["endpoint"] = endpoint if is_path_style else _with_bucket(endpoint, bucket)
-        options["client_options"] = {"allow_http": endpoint.startswith("http://")}
+        options["endpoint"] = endpoint
     return S3Store(
         bucket,
         prefix=prefix or None,
         region=location.region or session.region_name or _DEFAULT_REGION,
         credential_provider=_Credentials(location, session),
         retry_config=retrying,
+        client_options={**_TIMEOUTS, "allow_http": (endpoint or "").startswith("http://")},
         **options,
     )
 
@@ -420,6 +469,9 @@ def _client(location: Location) -> "BaseClient":
             connect_timeout=5,
             read_timeout=60,
             max_pool_connections=16,
+            # Stores other than AWS do not know the newer checksum headers.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
         ),
     )
 
@@ -490,25 +542,24 @@ def _read_keys(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def _service_account(folder: Path | None) -> dict[str, Any]:
-    if folder is None:
-        return {}
-    found = sorted(folder.glob("*.json"))
-    if not found:
-        raise AccessDenied(f"{folder} holds no service account (*.json)")
-    return {"service_account_path": str(found[0])}
+def _google(bucket: str, prefix: str, location: Location, retrying: "RetryConfig") -> GCSStore:
+    account: dict[str, Any] = {}
+    if location.credentials is not None:
+        found = sorted(location.credentials.glob("*.json"))
+        if not found:
+            raise AccessDenied(f"{location.url}: {location.credentials} holds no service account (*.json)")
+        account["service_account_path"] = str(found[0])
+    return GCSStore(bucket, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **account)
 
 
-def _azure_keys(folder: Path | None) -> dict[str, Any]:
-    if folder is None:
-        return {}
-    named = _read_keys(folder, ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"))
-    if len(named) < 2:
-        raise AccessDenied(f"{folder} holds no AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY")
-    return {
-        "account_name": named["AZURE_STORAGE_ACCOUNT_NAME"],
-        "account_key": named["AZURE_STORAGE_ACCOUNT_KEY"],
-    }
+def _azure(container: str, prefix: str, location: Location, retrying: "RetryConfig") -> AzureStore:
+    account: dict[str, Any] = {}
+    if location.credentials is not None:
+        named = _read_keys(location.credentials, _AZURE_FILES)
+        if len(named) < len(_AZURE_FILES):
+            raise AccessDenied(f"{location.url}: {location.credentials} holds no {' and '.join(_AZURE_FILES)}")
+        account = {"account_name": named[_AZURE_FILES[0]], "account_key": named[_AZURE_FILES[1]]}
+    return AzureStore(container, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **account)
 
 
 def _endpoint(location: Location) -> str | None:
@@ -518,43 +569,13 @@ def _endpoint(location: Location) -> str | None:
 
 
 def _is_path_style(location: Location, bucket: str) -> bool:
-    """Whether the bucket goes into the path: asked for, or a host's name cannot hold it.
-
-    An endpoint of the environment alone says nothing of the style; what speaks S3 and is not AWS takes paths.
-    """
-    if location.path_style or "." in bucket:
-        return True
-    endpoint = _endpoint(location)
-    if endpoint is None:
-        return False
-    host = urlsplit(endpoint).hostname or ""
-    return location.endpoint is None or host == "localhost" or host.replace(".", "").isdigit() or ":" in host
-
-
-def _with_bucket(endpoint: str, bucket: str) -> str:
-    parts = urlsplit(endpoint)
-    return urlunsplit(parts._replace(netloc=f"{bucket}.{parts.netloc}"))
+    """Whether the bucket goes into the path: a host's name cannot hold it, or the store is not AWS."""
+    return location.path_style or _endpoint(location) is not None or "." in bucket
 
 
 def _is_plain(key: str) -> bool:
     """Whether obstore can say a key: it takes no empty segments and no `.` or `..`."""
     return all(part not in ("", ".", "..") for part in key.split("/"))
-
-
-def _patiently(call: Callable[[], T], where: str, key: str = "") -> T:
-    """Call boto3, again while the store is away; its faults become ours."""
-    until, pause = time.monotonic() + PATIENCE_SECONDS, 0.2
-    while True:
-        try:
-            return call()
-        except StoreFault:
-            raise
-        except Exception as error:
-            fault = _boto_fault(error, where, key)
-            if not isinstance(fault, StoreUnavailable) or time.monotonic() + pause > until:
-                raise fault from error
-            time.sleep(pause)
-            pause = min(pause * 2, 4.0)
 
 
 def _boto_fault(error: Exception, where: str, key: str) -> StoreFault:
