@@ -121,17 +121,9 @@ def open_location(location: Location, *, patience_seconds: float = PATIENCE_SECO
     if address.scheme == "file":
         return Objects(_folder(Path(address.key)), where=where)
     if address.scheme == "gs":
-        account = _service_account(location.credentials)
-        return Objects(
-            GCSStore(address.bucket, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **account),
-            where=where,
-        )
+        return Objects(_google(address.bucket, prefix, location, retrying), where=where)
     if address.scheme == "az":
-        keys = _azure_keys(location.credentials)
-        return Objects(
-            AzureStore(address.bucket, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **keys),
-            where=where,
-        )
+        return Objects(_azure(address.bucket, prefix, location, retrying), where=where)
     return Objects(_s3(address.bucket, prefix, location, retrying), where=where)
 
 
