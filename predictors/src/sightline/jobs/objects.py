@@ -141,6 +141,10 @@ class Objects:
         self._root = root
         self.where = where
 
+    def below(self, folder: str) -> "Objects":
+        """The same store, rooted at a folder of it, which ends with `/`."""
+        return Objects(self._store, root=self._root + folder, where=f"{self.where.rstrip('/')}/{folder}")
+
     async def create(self, key: str, data: bytes) -> bool:
         """Write an object unless it exists. Returns whether it was written.
 
@@ -418,7 +422,9 @@ def open_store(url: str | None, name: str, *, endpoint_url: str | None, region: 
             raise ValueError("job_store names no bucket")
         options: dict[str, Any] = {"credential_provider": Boto3CredentialProvider()}
         if endpoint_url:
-            options |= {"endpoint": endpoint_url, "virtual_hosted_style_request": False}
+            # Both, as obstore prefers AWS_ENDPOINT_URL_S3 of the environment to an `endpoint` that it is told.
+            options |= {"endpoint": endpoint_url, "aws_endpoint_url_s3": endpoint_url}
+            options["virtual_hosted_style_request"] = False
             options["client_options"] = {"allow_http": endpoint_url.startswith("http://")}
         return S3Store(
             bucket,
