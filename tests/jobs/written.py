@@ -53,8 +53,8 @@ def captioned(item: Item) -> Line:
     result: dict[str, Any] = {"caption": f"Picture {number}, é", "enhanced": is_enhanced}
     if not is_enhanced:
         result["enhance_error"] = {"code": "enhance_timeout"}
-    usage = {"prompt_tokens": 10, "completion_tokens": number % 5}
-    return Line(item, result | {"usage": usage}, size=item.size or 0, is_unenhanced=not is_enhanced)
+    tokens = {"prompt_tokens": 10, "completion_tokens": number % 5}
+    return Line(item, result | {"usage": tokens}, size=item.size or 0, is_unenhanced=not is_enhanced, **tokens)
 
 
 class Written:
