@@ -42,6 +42,7 @@ from tests.operator.harness import pipeline  # noqa: E402
 
 ROWS = {
     "applies": "children made, per second",
+    "fill_cpu": "CPU for 1,000 children, s",
     "rss": "memory (RSS) with all of them, MiB",
     "restart_seconds": "restart with all present: caught up, s",
     "restart_writes": "restart: writes",
@@ -114,7 +115,7 @@ class Bench:
 
     async def fill(self) -> None:
         wanted = len(children("p")) * (self.options.objects + 1)
-        start = time.monotonic()
+        start, cpu = time.monotonic(), self.cpu()
         names = iter(range(self.options.objects))
 
         async def create() -> None:
@@ -127,8 +128,10 @@ class Bench:
             await asyncio.sleep(1)
         seconds = time.monotonic() - start
         await asyncio.gather(*creating)
-        self.figures["applies"] = (wanted - len(children("p"))) / seconds
+        new = wanted - len(children("p"))
+        self.figures["applies"] = new / seconds
         await self.settle(10)
+        self.figures["fill_cpu"] = (self.cpu() - cpu) / new * 1000
 
     async def restart(self) -> None:
         """From the start of the process to its last call but one: then it knows everything."""
@@ -137,9 +140,9 @@ class Bench:
         last = self.process.create_time()
         calm = 0
         while calm < 5:
-            cpu = sum(self.process.cpu_times()[:2])
+            cpu = self.cpu()
             await asyncio.sleep(1)
-            busy = sum(self.process.cpu_times()[:2]) - cpu
+            busy = self.cpu() - cpu
             calm = calm + 1 if busy < 0.1 else 0
             last = time.time() if busy >= 0.1 else last
             assert time.time() - start < 600
@@ -188,14 +191,18 @@ class Bench:
         self.figures[f"{name}_p99"] = values[max(0, math.ceil(len(values) * 0.99) - 1)] * 1000
 
     async def idle(self) -> None:
-        assert self.process is not None
-        before, cpu = await self.writes(), sum(self.process.cpu_times()[:2])
+        before, cpu = await self.writes(), self.cpu()
         tell(f"{self.namespace}: idle for {self.options.idle} s")
         await asyncio.sleep(self.options.idle)
         self.figures["idle_writes"] = await self.writes() - before
-        self.figures["idle_cpu"] = (sum(self.process.cpu_times()[:2]) - cpu) / self.options.idle * 100
+        self.figures["idle_cpu"] = (self.cpu() - cpu) / self.options.idle * 100
 
     # --- measures ---
+
+    def cpu(self) -> float:
+        """Seconds of the process so far."""
+        assert self.process is not None
+        return sum(self.process.cpu_times()[:2])
 
     def memory(self) -> float:
         assert self.process is not None
