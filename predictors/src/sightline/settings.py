@@ -414,6 +414,10 @@ class PipelineSettings(JobSettings):
     batch_pipeline: str | None = Field(
         None, description="Name of the VisionPipeline that VisionBatches are made for; needed with kubernetes."
     )
+    service_account_folder: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        description="Folder with the token, ca.crt and namespace that VisionBatches are made with.",
+    )
     batch_width: int = Field(8, gt=0, description="Lines of batches that this process works on at once.")
     max_upload_bytes: int = Field(200_000_000, gt=0, description="Bytes of one file of /v1/files.")
     max_batch_lines: int = Field(50_000, gt=0, description="Requests in one file of /v1/files.")

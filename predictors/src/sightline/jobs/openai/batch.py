@@ -42,6 +42,7 @@ class Order:
             "file": self.file.id,
             "endpoint": self.endpoint,
             "window": self.window,
+            "window_seconds": self.window_seconds,
             "metadata": None if self.metadata is None else dict(self.metadata),
             "requests": self.file.checked.requests if self.file.checked else 0,
             "output_seconds": self.output_seconds,

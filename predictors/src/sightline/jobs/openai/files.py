@@ -92,6 +92,10 @@ class Files:
         self._ttl = ttl_seconds
         self._clock = clock
 
+    def now(self) -> float:
+        """Seconds since 1970 by the clock that files expire by."""
+        return self._clock()
+
     async def add(
         self,
         content: IO[bytes],
