@@ -2,12 +2,12 @@
 
 Keys of a job, beside those of its plan and parts:
 
-    <kind>/<id>/request.json           who asked for what                 created once: the commit of submitting
-    <kind>/<id>/uploads/<name>         bytes that came with it            created before request.json, deleted at the end
-    <kind>/<id>/holders/lease-<n>      who works on it, and until when    n-th holder; created with If-None-Match
-    <kind>/<id>/CANCELLED              somebody wants it ended            created once, by any replica
-    <kind>/<id>/end.json               how it ended, and until when it can be asked for; created once
-    <kind>/<id>/<fingerprint>/…        plan, parts, done, output          see `layout`
+    <kind>/<id>/request.json         who asked for what               created once: the commit of submitting
+    <kind>/<id>/uploads/<name>       bytes that came with it          created before request.json, deleted at the end
+    <kind>/<id>/holders/lease-<n>    who works on it, until when      n-th holder; created with If-None-Match
+    <kind>/<id>/CANCELLED            somebody wants it ended          created once, by any replica
+    <kind>/<id>/end.json             how it ended, when it expires    created once: the commit of its end
+    <kind>/<id>/<fingerprint>/…      plan, parts, done, output        see `layout`
 
 Any replica that shares the store answers; what a killed one held goes on elsewhere when its lease ends.
 """
@@ -32,7 +32,7 @@ from sightline.jobs.objects import Objects, is_id
 from sightline.jobs.plan import Plan, make_plan, read_plan
 from sightline.jobs.progress import Watch
 from sightline.jobs.records import End, EndStatus, Job, Records
-from sightline.jobs.shard import Stop, Stopped, run_shard
+from sightline.jobs.shard import OPEN_CHUNKS, Stop, Stopped, run_shard
 
 __all__ = ["ENDED", "Do", "ItemsOf", "Job", "Runner", "State", "Status"]
 
@@ -56,6 +56,8 @@ WATCH_SECONDS = 5.0
 ORPHAN_SECONDS = 3600.0
 """What lies beside no request.json is of a client or server that left half-way."""
 ASKED_AT_ONCE = 16
+MAX_WATCHES = 64
+"""Jobs whose counts are kept for those who ask again and again."""
 UPLOAD = "upload:"
 
 
@@ -73,7 +75,7 @@ class State:
     job: Job
     status: Status
     total: int | None = None
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=Counts)
     error: Mapping[str, Any] | None = None
     times: Mapping[str, float] = field(default_factory=dict[str, float])
     expires: float | None = None
@@ -84,7 +86,7 @@ class State:
 
 
 Do = Callable[[Job, Item], Awaitable[Line]]
-"""Does one item of a job. May be cancelled; anything else that it raises becomes the error `internal`, and a log line."""
+"""Does one item of a job. What it raises, but for cancellation, becomes the error `internal` and a line of the log."""
 
 ItemsOf = Callable[[Job], AsyncIterator[Item]]
 """The items of a job that was submitted without. Raises `inputs.InputFault`: the job fails with its reason."""
@@ -257,7 +259,7 @@ class Runner:
             return None
         return await self._records.upload(job.id, item.uri.removeprefix(UPLOAD))
 
-    async def chunks(self, job_id: str, known: Collection[str] = ()) -> list[tuple[str, bytes]]:
+    async def chunks(self, job_id: str, known: Collection[str] = ()) -> Sequence[tuple[str, bytes]]:
         """Key and bytes of the chunks that are committed and not `known` yet, in order."""
         keys = sorted(set(await self._objects.keys(self._records.layout(job_id).root + PARTS)) - set(known))
         return [chunk async for chunk in ahead(self._chunk, keys, ASKED_AT_ONCE)]
@@ -297,7 +299,7 @@ class Runner:
 
     def _watch_of(self, job_id: str) -> Watch:
         if job_id not in self._watches:
-            while len(self._watches) >= 64:  # noqa: PLR2004 - those who poll come again soon
+            while len(self._watches) >= MAX_WATCHES:
                 self._watches.pop(next(iter(self._watches)))
             self._watches[job_id] = Watch(self._objects, self._records.layout(job_id))
         return self._watches[job_id]
@@ -448,6 +450,7 @@ class Runner:
                     width=min(self._width, plan.items),
                     stop=live.stop,
                     on_line=count,
+                    open_chunks=max(OPEN_CHUNKS, -(-self._width // job.chunk_size)),
                 )
 
     async def _do_one(self, job: Job, live: _Live, item: Item) -> Line:
