@@ -116,13 +116,19 @@ def _check_outputs(batch: Batch, parts: dict[str, bytes]) -> dict[str, tuple[byt
     results = [line for line in lines if "error" not in json.loads(line)]
     said = [manifest["items"], manifest["counts"]["succeeded"], manifest["counts"]["failed"]]
     assert said == [len(lines), len(results), len(errors)], f"the manifest counts {said}"
-    told = [part["sha256"] for shard in manifest["parts"] for part in shard]
-    true = [hashlib.sha256(parts[key]).hexdigest() for key in sorted(parts)]
-    assert told == true, "the manifest has another part's hash"
+    told = [(part["bytes"], part["sha256"]) for shard in manifest["shards"] for part in shard["chunks"]]
+    assert told == [_hash(parts[key]) for key in sorted(parts)], "the manifest has another part's hash"
     merged = {"output/results.jsonl": results, "output/errors.jsonl": errors}
     for key, wanted in merged.items():
-        assert batch.read(key).splitlines(keepends=True) == wanted, f"{key} is not what the parts hold"
+        data = batch.read(key)
+        assert data.splitlines(keepends=True) == wanted, f"{key} is not what the parts hold"
+        said = [(made["bytes"], made["sha256"]) for made in manifest["outputs"].values() if made["key"] == key]
+        assert said == [_hash(data)], f"the manifest has another hash of {key}"
     return {key: normal(b"".join(wanted)) for key, wanted in merged.items()}
+
+
+def _hash(data: bytes) -> tuple[int, str]:
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 COMMITS = r"/(parts/.*|plan/PLAN\.json|output/MANIFEST\.json)$"

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -35,6 +36,10 @@ BACKOFF_LIMIT = 5
 WORKERS = Nursery("tests.jobs.nursery", ["python", "-m", "sightline.jobs"])
 
 
+Launch = Callable[[list[str], Path, Mapping[str, str], Path], "Forked | subprocess.Popen[bytes]"]
+"""Starts a worker: its words, where its output goes, its environment, its folder."""
+
+
 class JobFailed(AssertionError):
     """A Job of the batch failed for good: exit code, last words, log."""
 
@@ -49,7 +54,7 @@ class Worker:
 
     verb: str
     index: int | None
-    process: Forked
+    process: "Forked | subprocess.Popen[bytes]"
     log: Path
     words: Path
     is_killed: bool = False
@@ -87,6 +92,7 @@ class Batch:
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """To the page."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    launch: Launch = WORKERS.start
 
     kills: int = 0
     codes: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
@@ -137,7 +143,7 @@ class Batch:
         environment["AWS_ENDPOINT_URL_S3"] = self.proxy.url
         if index is not None:
             environment["JOB_COMPLETION_INDEX"] = str(index)
-        process = WORKERS.start([verb], log, environment | dict(self.environment), self.folder)
+        process = self.launch([verb], log, environment | dict(self.environment), self.folder)
         worker = Worker(verb, index, process, log, words)
         self.workers.append(worker)
         return worker

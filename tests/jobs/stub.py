@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import orjson
@@ -65,12 +65,15 @@ class Stub:
 
     port: int = 0
     asks: int = 0
+    given: int = 0
+    """Captions, those given again too."""
     answered: Counter[str] = field(default_factory=Counter[str])
     """Captions given, by picture."""
     refused: Counter[int] = field(default_factory=Counter[int])
     """Other answers, by status."""
     priorities: Counter[str] = field(default_factory=Counter[str])
-    answered_at: "array[float]" = field(default_factory=lambda: array("d"))
+    new_at: "array[float]" = field(default_factory=lambda: array("d"))
+    """When each picture was captioned first, seconds since 1970."""
     open: int = 0
     most_open: int = 0
     _flaky: set[str] = field(default_factory=set[str])
@@ -82,11 +85,6 @@ class Stub:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def given(self) -> int:
-        """Captions given, those that were given twice counted twice."""
-        return self.answered.total()
 
     def go_down(self) -> None:
         """The process is gone: nobody listens and every open connection is cut. For tests, from their thread."""
@@ -130,14 +128,22 @@ class Stub:
             return self._infer(headers, body)
         if path.endswith("/v1/chat/completions"):
             return self._chat(body)
-        if path == "/stub":
-            return 200, {"asks": self.asks, "given": self.given, "pictures": len(self.answered)}
-        if path.startswith("/stub/since/"):
-            since = float(path.rsplit("/", 1)[1])
-            return 200, {"first": next((at for at in self.answered_at if at >= since), None)}
+        if path.startswith("/stub"):
+            return 200, self._books(path)
         if path.startswith(("/health", "/v2/")):
             return (503 if self.is_unavailable else 200), {"ok": not self.is_unavailable, "ready": True}
         return 404, {"detail": "There is no such route.", "code": CODES[404]}
+
+    def _books(self, path: str) -> Mapping[str, Any]:
+        """/stub: what was answered · …/forget: the same, for the last time · …/new/N: when picture N + 1 came."""
+        said = {"asks": self.asks, "given": self.given, "pictures": len(self.new_at)}
+        if path == "/stub/forget":
+            self.answered.clear()
+            self.given = 0
+            del self.new_at[:]
+        if path.startswith("/stub/new/"):
+            return {"at": self.new_at[int(path.rsplit("/", 1)[1])]}
+        return said
 
     def _caption(self, query: str, headers: Mapping[str, str], body: bytes) -> Answer:
         fields = {name: value.encode() for name, value in parse_qsl(query)}
@@ -187,8 +193,10 @@ class Stub:
             self.on_ask(self.asks)
         name, status = pictures.digest(data), self._status(data)
         if status == 200:
+            if name not in self.answered:
+                self.new_at.append(time.time())
             self.answered[name] += 1
-            self.answered_at.append(time.time())
+            self.given += 1
         else:
             self.refused[status] += 1
         return status
@@ -219,8 +227,7 @@ class _Connection(asyncio.Protocol):
         self._is_busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
         self._stub._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -18,7 +18,7 @@ class Clock:
         self.now = 1_800_000_000.0
 
     def __call__(self) -> float:
-        self.now += 0.001  # two uploads have two ids in order
+        self.now += 0.01  # two uploads have two ids in order
         return self.now
 
 
