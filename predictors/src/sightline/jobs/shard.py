@@ -4,6 +4,9 @@
 
 A chunk is open from its first item until it lies in the store, and two are open at most: what a kill costs. Who creates
 a chunk first has done it; of whoever comes second the lines are dropped, and what lies there is counted.
+
+Of two workers on a shard (a pod that its node has forgotten, and its successor) each sees every few seconds what the
+other has stored, and does not do that again.
 """
 
 import asyncio
@@ -18,7 +21,7 @@ import orjson
 
 from sightline.jobs import metrics
 from sightline.jobs.ahead import ahead
-from sightline.jobs.finish import verified
+from sightline.jobs.finish import PartCorrupt, verified
 from sightline.jobs.items import Counts, Item, Line
 from sightline.jobs.layout import chunk_number, slices
 from sightline.jobs.objects import Missing, Objects, StoreFault, StoreUnavailable
@@ -166,6 +169,7 @@ class _Work:
         try:
             await self._do_missing()
             await reading
+            await self._read_there(sorted(self.there - self.parts.keys()))
             if len(self.parts) < len(self.chunks):
                 raise Stopped(self.counts)
             return await self._say_done()
@@ -254,10 +258,15 @@ class _Work:
             return
         metrics.CHUNKS.labels("lost").inc()
         log.info("shard %d: chunk %d was done by another worker", self.shard, chunk)
+        await self._read_there([chunk])
+        await self._look_around()
+
+    async def _look_around(self) -> None:
+        """Learn what somebody else has done meanwhile: of two workers on a shard, each should do half."""
         keys = await self._patiently(lambda: self.objects.keys(self.layout.parts(self.shard)))
         news = {chunk_number(key) for key in keys} - self.there - self.parts.keys() - self.open.keys()
         self.there |= news
-        await self._read_there([chunk, *sorted(news)])
+        await self._read_there(sorted(news))
 
     async def _read_there(self, chunks: Sequence[int]) -> None:
         """Count what lies there of chunks that this process did not write."""
@@ -292,9 +301,10 @@ class _Work:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             try:
+                await self._look_around()
                 await self._report(sum(self.open.values(), self.counts))
-            except StoreFault:
-                log.warning("shard %d: its progress cannot be written", self.shard)
+            except (StoreFault, PartCorrupt) as error:  # what is really wrong shows at the end
+                log.warning("shard %d: %s", self.shard, error)
 
     async def _report(self, counts: Counts) -> None:
         report = ShardReport(self.shard, counts, at=time.time(), waiting=self.waiting())
