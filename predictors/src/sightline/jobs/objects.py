@@ -1,6 +1,4 @@
-"""An object store as jobs use it: each object written once, and leases that say who works on a job until when.
-
-A lease is `<folder>/lease-<n>`, n-th holder, created with If-None-Match and written over by its one holder.
+"""An object store as jobs use it: what is written once is created with If-None-Match.
 
 What can be wrong with a store, whichever it is:
 
@@ -44,9 +42,6 @@ from obstore.store import LocalStore, MemoryStore, ObjectStore
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LEASE_SECONDS = 30.0
-MAX_HOLDERS = 5
-"""A job that outlived so many holders is what ends them; it must not end every server of the store in turn."""
 THREADS = 64
 """Calls to stores at once; the loop's own pool has as few as five threads on a small machine."""
 LISTED = 1000
@@ -146,16 +141,16 @@ class Objects:
         return Objects(self._store, root=self._root + folder, where=f"{self.where.rstrip('/')}/{folder}")
 
     async def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless it exists. Returns whether it was written.
+        """Write an object unless it exists. Returns whether what is there now is this.
 
-        False is only said of an object that is there: S3's answer 409 to two writers at once says nothing about who
-        won, and obstore reports it like 412.
+        The store's word alone would not do. Its 409 to two writers at once, which obstore reports like 412, says not
+        who won; and a 412 may be for our own first attempt, whose answer was lost. So what is there is read.
         """
         for attempt in range(CREATE_ATTEMPTS):
             if await self._create_once(key, data):
                 return True
-            if await self.exists(key):
-                return False
+            if (there := await self.read_bytes(key)) is not None:
+                return there == data
             await asyncio.sleep(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311 - spreads writers, hides nothing
         raise StoreUnavailable(f"{self.where}: {key} could neither be written nor read")
 
@@ -335,70 +330,6 @@ def fault_of(error: Exception, where: str, key: str) -> StoreFault:
 
 def _holds(text: str, marks: Iterable[str]) -> bool:
     return any(mark in text for mark in marks)
-
-
-class TooManyHolders(Exception):
-    """A job has ended everybody who worked on it."""
-
-
-class Leases:
-    """Who works on a job, for the jobs of one server. `clock` is in seconds, the same for all servers of the store."""
-
-    def __init__(self, objects: Objects, clock: Callable[[], float]) -> None:
-        self._objects = objects
-        self._clock = clock
-        self._holder = uuid.uuid4().hex
-
-    async def exists(self, folder: str) -> bool:
-        """Whether somebody has ever worked on the job."""
-        return await self._newest(folder) is not None
-
-    async def take(self, folder: str) -> str | None:
-        """Become the holder of a job: the lease's key, or None when somebody else holds it. Raises TooManyHolders."""
-        newest = await self._newest(folder)
-        if newest is not None and newest[1] > self._clock():
-            return None
-        number = newest[0] + 1 if newest is not None else 0
-        if number >= MAX_HOLDERS:
-            raise TooManyHolders
-        key = f"{folder}/lease-{number}"
-        return key if await self._objects.create(key, self._body()) else None
-
-    @contextlib.asynccontextmanager
-    async def held(self, key: str) -> AsyncGenerator[None]:
-        """Renew a lease while something is done; when that is cancelled, release it, so that nobody need wait."""
-        renewing = asyncio.create_task(self._renew(key))
-        try:
-            yield
-        except asyncio.CancelledError:
-            renewing.cancel()
-            released = orjson.dumps({"holder": self._holder, "expires": 0})
-            with contextlib.suppress(Exception):
-                await self._objects.write(key, released)
-            raise
-        finally:
-            renewing.cancel()
-
-    async def _renew(self, key: str) -> None:
-        while True:
-            await asyncio.sleep(LEASE_SECONDS / 3)
-            with contextlib.suppress(Exception):  # a missed renewal costs a repetition, not a result
-                await self._objects.write(key, self._body())
-
-    async def _newest(self, folder: str) -> tuple[int, float] | None:
-        """Number and end of the newest lease."""
-        number = -1
-        for path in await self._objects.keys(f"{folder}/"):
-            key = path.rsplit("/", 1)[1]
-            if key.startswith("lease-"):
-                number = max(number, int(key.removeprefix("lease-")))
-        if number < 0:
-            return None
-        body = await self._objects.read(f"{folder}/lease-{number}")
-        return None if body is None else (number, float(body["expires"]))
-
-    def _body(self) -> bytes:
-        return orjson.dumps({"holder": self._holder, "expires": self._clock() + LEASE_SECONDS})
 
 
 def open_store(url: str | None, name: str, *, endpoint_url: str | None, region: str | None) -> ObjectStore:

@@ -434,7 +434,8 @@ def _s3(bucket: str, prefix: str, location: Location, retrying: "RetryConfig") -
     endpoint = _endpoint(location)
     options: dict[str, Any] = {"virtual_hosted_style_request": not _is_path_style(location, bucket)}
     if endpoint:
-        options["endpoint"] = endpoint
+        # Both, as obstore prefers AWS_ENDPOINT_URL_S3 of the environment to an `endpoint` that it is told.
+        options |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
     return S3Store(
         bucket,
         prefix=prefix or None,
