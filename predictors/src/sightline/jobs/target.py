@@ -21,6 +21,7 @@ from sightline.errors import BadRequest
 from sightline.images import media_type
 from sightline.jobs.items import Code, Item, StepName
 from sightline.jobs.page import Options, Page, Target
+from sightline.wire import REQUEST_ID_HEADER
 
 MAX_QUERY_CHARACTERS = 4096
 """Servers take addresses of 8 KiB and more; a prompt may be 32 KiB of UTF-8."""
@@ -254,7 +255,8 @@ def _read_v2(answer: Answer) -> Success:
 def _read_openai(answer: Answer) -> Success:
     body = cast("Mapping[str, Any]", orjson.loads(answer.body))
     usage = cast("Mapping[str, Any]", body.get("usage") or {})
-    result = {"response": {"status_code": answer.status, "body": body}}
+    told = answer.headers.get(REQUEST_ID_HEADER, "")  # ours, the same for every attempt, where the target gives it back
+    result = {"response": {"status_code": answer.status, "request_id": told, "body": body}}
     return Success(result, False, *(int(usage.get(name) or 0) for name in _USAGE))
 
 
