@@ -15,6 +15,7 @@ from sightline.jobs.finish import PartCorrupt, Unfinished, finish, lines_of, rea
 from sightline.jobs.items import Counts, Line
 from sightline.jobs.layout import ERRORS, MANIFEST, PARQUET, RESULTS
 from sightline.jobs.objects import Objects, StoreUnavailable
+from sightline.jobs.parquet import ParquetMissing
 from sightline.jobs.plan import PlanCorrupt, ShardCorrupt
 from tests.jobs.written import Written, captioned, items_of
 from tests.s3 import S3Server, running_s3
@@ -360,4 +361,12 @@ async def test_on_real_s3_a_failed_finish_shows_no_half_output(s3: S3Server, mon
     await objects.write(key, (await objects.fetch(key)).data[:-2])
     with pytest.raises(PartCorrupt):
         await finish(batch.page, objects)
+    assert await outputs_of(batch) == {}
+
+
+async def test_parquet_without_pyarrow_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sightline.jobs.parquet.find_spec", lambda _: None)
+    batch = await Written.whole(20, parquet=True)
+    with pytest.raises(ParquetMissing, match=r"install sightline\[parquet\]"):
+        await finish(batch.page, batch.objects)
     assert await outputs_of(batch) == {}
