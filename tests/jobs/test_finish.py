@@ -192,6 +192,24 @@ async def test_of_a_batch_ended_early_what_was_not_done_is_an_error_each(why: An
     assert errors[0]["error"]["attempts"] == 0
 
 
+async def test_items_of_a_shard_that_was_given_up_are_errors_each() -> None:
+    batch = await Written.whole(30)
+    await batch.objects.remove(batch.layout.done(1))
+    await batch.objects.remove(batch.layout.chunk(1, 1))
+    manifest = await finish(batch.page, batch.objects, ended="given_up")
+    assert (manifest.ended, manifest.counts.done) == (None, 30)
+    left = [row for row in await batch.lines(ERRORS) if row["error"]["code"] == "internal"]
+    assert [int(row["custom_id"]) for row in left] == [17, 18, 19, 20, 21]
+
+
+async def test_a_chunk_that_was_there_once_is_not_given_up() -> None:
+    batch = await Written.whole(30)
+    await batch.objects.remove(batch.layout.chunk(1, 1))
+    with pytest.raises(Unfinished):
+        await finish(batch.page, batch.objects, ended="given_up")
+    assert not await batch.objects.exists(batch.layout.chunk(1, 1))
+
+
 async def test_a_batch_that_was_all_done_when_it_was_ended_was_not_ended_early() -> None:
     batch = await Written.whole(30)
     assert (await finish(batch.page, batch.objects, ended="batch_cancelled")).ended is None

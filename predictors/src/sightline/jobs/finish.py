@@ -2,15 +2,15 @@
 
 import functools
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, cast, get_args
 
 import orjson
 
 from sightline.jobs.ahead import ahead
-from sightline.jobs.items import Counts, Fault, Item, Line
-from sightline.jobs.layout import PARTS, Layout, chunk_number, slices
+from sightline.jobs.items import Code, Counts, Fault, Item, Line
+from sightline.jobs.layout import DONE, PARTS, Layout, chunk_number, slices
 from sightline.jobs.manifest import Ended, Manifest
 from sightline.jobs.objects import Missing, Objects
 from sightline.jobs.outputs import Outputs, Row
@@ -26,9 +26,12 @@ CHUNKS_AHEAD = 16
 """Chunks that are read at once: what is in memory."""
 SHARDS_AHEAD = 2
 
-_SAID: Mapping[Ended, str] = {
-    "batch_expired": "The batch's time was over before this item was done.",
-    "batch_cancelled": "The batch was cancelled before this item was done.",
+GivenUp = Literal["given_up"]
+
+_LEFT: Mapping[Ended | GivenUp, tuple[Code, str]] = {
+    "batch_expired": ("batch_expired", "The batch's time was over before this item was done."),
+    "batch_cancelled": ("batch_cancelled", "The batch was cancelled before this item was done."),
+    "given_up": ("internal", "The shard of this item was given up before it was done."),
 }
 
 
@@ -49,14 +52,15 @@ async def finish(
     objects: Objects,
     *,
     sidecars: Objects | None = None,
-    ended: Ended | None = None,
+    ended: Ended | GivenUp | None = None,
     on_items: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Verify a batch, make its outputs and commit them. Does nothing when that was done already.
 
     objects   rooted at the batch's output location; the keys are `Layout.of("", page.uid, page.fingerprint)`
     sidecars  the store of `page.outputs.sidecars`, rooted there
-    ended     the batch was ended early: chunks that are missing are created, with this error for each of their items
+    ended     nobody works on the batch any more: chunks that are missing are created, with an error for each of their
+              items. given_up: those of shards that some worker could not do; a shard that was done has none to miss
     on_items  told how many items of a shard have been verified
 
     May be killed anywhere and done again, also by two at once: every output is a function of plan and parts.
@@ -109,7 +113,7 @@ async def _commit(objects: Objects, layout: Layout, manifest: Manifest) -> Manif
 # --- what is missing -------------------------------------------------------------------------------------------------
 
 
-async def _see_to_missing(objects: Objects, layout: Layout, plan: Plan, ended: Ended | None) -> None:
+async def _see_to_missing(objects: Objects, layout: Layout, plan: Plan, ended: Ended | GivenUp | None) -> None:
     """Raises Unfinished; or, of a batch that was ended, creates what is missing."""
     there = set(await objects.keys(layout.root + PARTS))
     missing = {
@@ -119,7 +123,7 @@ async def _see_to_missing(objects: Objects, layout: Layout, plan: Plan, ended: E
     missing = {shard: chunks for shard, chunks in missing.items() if chunks}
     if not missing:
         return
-    if ended is None:
+    if ended is None or (ended == "given_up" and await _has_done(objects, layout, missing)):
         lost = sum(
             min(plan.chunk_size, plan.shards[shard].items - chunk * plan.chunk_size)
             for shard, chunks in missing.items()
@@ -134,11 +138,18 @@ async def _see_to_missing(objects: Objects, layout: Layout, plan: Plan, ended: E
                 pass
 
 
+async def _has_done(objects: Objects, layout: Layout, shards: Iterable[int]) -> bool:
+    """Whether one of these shards was done: then what is missing of it has been there, and may come back."""
+    done = set(await objects.keys(layout.root + DONE))
+    return any(layout.done(shard) in done for shard in shards)
+
+
 async def _end(
-    objects: Objects, layout: Layout, shard: int, cut: Sequence[Sequence[Item]], ended: Ended, chunk: int
+    objects: Objects, layout: Layout, shard: int, cut: Sequence[Sequence[Item]], ended: Ended | GivenUp, chunk: int
 ) -> None:
     """Create a chunk of faults, unless a worker that is still there has just created it: then its results stay."""
-    fault = Fault("fetch", ended, _SAID[ended], attempts=0)
+    code, message = _LEFT[ended]
+    fault = Fault("fetch", code, message, attempts=0)
     lines = b"".join(Line(item, fault=fault).encoded() for item in cut[chunk])
     await objects.create(layout.chunk(shard, chunk), lines)
 

@@ -185,7 +185,8 @@ async def _finish(page: Page, environment: Mapping[str, str], stop: Stop) -> Wor
         return {"message": "a dry run: there is nothing to finish"}
     objects, layout = open_location(page.outputs.location), layout_of(page)
     sidecars = open_location(page.outputs.sidecars) if page.outputs.sidecars else None
-    manifest = await finish(page, objects, sidecars=sidecars)
+    # The operator lets this run when no shard runs any more, also when some were given up (backoffLimitPerIndex).
+    manifest = await finish(page, objects, sidecars=sidecars, ended="given_up")
     plan = await read_plan(objects, layout)
     if plan is None:
         raise PlanCorrupt("PLAN.json does not exist")
