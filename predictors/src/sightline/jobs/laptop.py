@@ -371,7 +371,7 @@ class Laptop:
         return await read_manifest(self.objects, batch.layout)
 
     async def news(self, batch: Batch) -> int:
-        """Images that came into the folder of a batch after it was planned, or left it; other inputs are not looked at."""
+        """How many images more its folder has than when it was planned; other inputs are not looked at."""
         source, plan = batch.order.input, await read_plan(self.objects, batch.layout)
         if plan is None or source.kind != "prefix" or not source.location.url.startswith("file://"):
             return 0
