@@ -19,9 +19,11 @@ def work(words: Sequence[str]) -> int:
 
 
 def main() -> None:
-    import boto3.session  # noqa: F401 - what a worker imports late
-    import httpx  # noqa: F401
+    import anyio._backends._asyncio  # noqa: F401 - what a worker imports late
+    import boto3.session  # noqa: F401
+    import httpcore  # noqa: F401
     import obstore.auth.boto3  # noqa: F401
+
     import sightline.jobs.worker  # noqa: F401
 
     answer_questions(work)

@@ -172,14 +172,19 @@ def test_two_planners_and_two_finishers(batch: Batch, undisturbed: Outcome) -> N
 def test_evicted_and_admitted_again_with_less_parallelism(batch: Batch, undisturbed: Outcome) -> None:
     """Kueue's preemption: SIGTERM to all, never exit code 0, and only what is missing afterwards."""
     batch.do("plan")
-    batch.stub.delay_seconds = 0.05
+
+    def slow_down(ask: int) -> None:
+        if ask == 6:
+            batch.stub.delay_seconds = 2
+
+    batch.stub.on_ask = slow_down
     evicted = [batch.start("run", index) for index in (0, 1)]
-    until(lambda: batch.stub.given >= 12, what="the first captions")
+    until(lambda: batch.stub.asks >= 6, what="the first asks")
     for worker in evicted:
         worker.stop()
     assert [batch.wait(worker) for worker in evicted] == [143, 143]
     there = batch.listing("parts/")
-    batch.stub.delay_seconds = 0
+    batch.stub.delay_seconds, batch.stub.on_ask = 0, None
     batch.run_shards(parallelism=1)
     batch.do("finish")
     assert audit(batch) == undisturbed
