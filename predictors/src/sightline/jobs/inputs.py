@@ -265,7 +265,7 @@ async def _records(lines: AsyncIterator[tuple[int, str]]) -> AsyncGenerator[tupl
             if "uri" not in names:
                 raise _wrong(number, "is the head of a CSV file and names no column `uri`")
             continue
-        values = next(csv.reader(text.split("\n"), delimiter=dialect))
+        values = next(csv.reader([text], delimiter=dialect))
         if len(values) != len(names):
             raise _wrong(number, f"has {len(values)} fields, and the first line names {len(names)}")
         yield number, {name: value for name, value in zip(names, values, strict=True) if value}

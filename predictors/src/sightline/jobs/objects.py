@@ -183,7 +183,13 @@ class Objects:
 
     async def stat(self, key: str) -> Entry:
         """Size and ETag of an object. Raises Missing."""
-        meta = await self._call(key, lambda path: obstore.head(self._store, path))
+        try:
+            meta = await self._call(key, lambda path: obstore.head(self._store, path))
+        except Missing:
+            # An answer to HEAD has no body. Whether object, bucket or right are missing, GET says.
+            with contextlib.suppress(TooLarge):
+                await self.fetch(key, max_bytes=0)
+            meta = await self._call(key, lambda path: obstore.head(self._store, path))  # it has come just now
         return Entry(key, meta["size"], meta["e_tag"])
 
     async def exists(self, key: str) -> bool:
