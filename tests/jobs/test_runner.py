@@ -1,4 +1,4 @@
-"""Jobs behind requests: every item once, whoever is killed, cancelled or too late; any replica knows. The clock is ours."""
+"""Jobs behind requests: every item once, whoever is killed, cancelled or late; any replica knows. The clock is ours."""
 
 import asyncio
 import uuid
