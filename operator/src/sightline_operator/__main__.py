@@ -62,14 +62,23 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> OperatorSettings:
+    from sightline_operator.render.cli import environment_of
+
     images = dict(RenderSettings().images)
     for pair in options.image:
         name, sign, image = pair.partition("=")
         if not sign or not image or name not in images:
             raise SystemExit(f"--image {pair}: must be NAME=IMAGE with NAME one of {', '.join(images)}")
         images[name] = image
+    try:
+        worker_env = environment_of(options.worker_env)
+    except ValueError as error:
+        raise SystemExit(f"--worker-env {error}") from error
     render = RenderSettings(
-        images=images, deployment_mode=options.deployment_mode, cluster_domain=options.cluster_domain
+        images=images,
+        deployment_mode=options.deployment_mode,
+        cluster_domain=options.cluster_domain,
+        worker_env=worker_env,
     )
     return OperatorSettings(
         render=render,
@@ -142,6 +151,13 @@ def _work_options(run: argparse.ArgumentParser, environ: Mapping[str, str]) -> N
     )
     run.add_argument(
         "--image", action="append", default=_list(env("IMAGE", "")), metavar="NAME=IMAGE", help="as describe=my/image:1"
+    )
+    run.add_argument(
+        "--worker-env",
+        action="append",
+        default=_list(env("WORKER_ENV", "")),
+        metavar="NAME=VALUE",
+        help="a variable of the workers of batches, such as HTTPS_PROXY=http://proxy:3128",
     )
     run.add_argument(
         "--deployment-mode",

@@ -174,7 +174,8 @@ def _page(said: Mapping[str, Any]) -> Page:
 
 
 def _is_openai(said: Mapping[str, Any]) -> bool:
-    return "upload" in said or (said.get("manifest") or {}).get("format") == "OpenAIBatch"
+    listed = said.get("manifest") or said.get("retryOf") or {}
+    return "upload" in said or listed.get("format") == "OpenAIBatch"
 
 
 def _input(said: Mapping[str, Any], credentials: Mapping[str, str]) -> Input:
