@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sightline_operator.rbac import NAMESPACE, operator_roles, user_roles
 from sightline_operator.settings import OperatorSettings, RenderSettings
@@ -27,18 +28,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return render(arguments[1:], prog="sightline-operator render")
     options = _parser(os.environ).parse_args(arguments)
     if options.command == "crds":
-        return _crds()
+        return _crds(options)
     if options.command == "rbac":
         return _rbac(options)
     return _run(options)
 
 
-def _crds() -> int:
+def _crds(options: argparse.Namespace) -> int:
     import yaml
 
     from sightline_operator.api import crds
 
+    if options.apply:
+        return asyncio.run(_apply(crds(), options))
     sys.stdout.write("".join("---\n" + yaml.safe_dump(crd, sort_keys=False, width=120) for crd in crds()))
+    return 0
+
+
+async def _apply(manifests: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> int:
+    """What the chart does before an upgrade: Helm never touches a CRD that is there."""
+    from sightline_operator.act.client import ApiError, KubernetesClient
+
+    client = await KubernetesClient.connect(options.kubeconfig, options.context)
+    try:
+        for manifest in manifests:
+            await client.apply(manifest)
+            sys.stdout.write(f"{manifest['metadata']['name']} applied\n")
+    except ApiError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    finally:
+        await client.close()
     return 0
 
 
@@ -100,7 +120,10 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sightline-operator", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="print what the operator would apply (see `render --help`)", add_help=False)
-    commands.add_parser("crds", help="print the CustomResourceDefinitions")
+    crds = commands.add_parser("crds", help="print the CustomResourceDefinitions, or apply them")
+    crds.add_argument("--apply", action="store_true", help="to the cluster, by server-side apply")
+    crds.add_argument("--kubeconfig", default=environ.get(f"{PREFIX}KUBECONFIG"), help="instead of $KUBECONFIG")
+    crds.add_argument("--context", default=environ.get(f"{PREFIX}CONTEXT"), help="of the kubeconfig")
     rbac = commands.add_parser("rbac", help="print the operator's ServiceAccount, its roles and their bindings")
     rbac.add_argument("-n", "--namespace", action="append", default=[], help="to look at; none: all of them")
     rbac.add_argument("--own-namespace", default=NAMESPACE, help="of the operator's pods and Lease")

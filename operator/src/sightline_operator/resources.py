@@ -86,9 +86,18 @@ OPTIONAL = (
 )
 EVENTS = Resource("Event", "events.k8s.io", ("v1",), "events", ("create",))
 LEASES = Resource("Lease", "coordination.k8s.io", ("v1",), "leases", ("get", "create", "update"))
+CRDS = Resource(
+    "CustomResourceDefinition",
+    "apiextensions.k8s.io",
+    ("v1",),
+    "customresourcedefinitions",
+    ("get", "patch"),
+    selector="",
+)
+"""For `crds --apply` alone; the operator itself never touches them."""
 
 OURS = (PIPELINES, BATCHES)
-BY_KIND = {resource.kind: resource for resource in (*OURS, *CHILDREN, PODS[0], *OPTIONAL, LEASES)}
+BY_KIND = {resource.kind: resource for resource in (*OURS, *CHILDREN, PODS[0], *OPTIONAL, LEASES, CRDS)}
 
 
 def resource_of(manifest: Mapping[str, Any]) -> Resource:
