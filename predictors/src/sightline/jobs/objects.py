@@ -241,7 +241,7 @@ class Objects:
         )
         while page := await self._call(prefix, lambda _: next(pages, None)):
             for meta in page:
-                yield Entry(str(meta["path"])[len(self._root) :], meta["size"], meta["e_tag"])
+                yield Entry(str(meta["path"])[len(self._root) :], meta["size"], meta["e_tag"] or None)
 
     async def keys(self, prefix: str) -> list[str]:
         """The keys below a prefix that ends with `/`."""

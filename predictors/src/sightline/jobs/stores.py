@@ -10,6 +10,7 @@
 Keys and paths stand in an address as they are: `%20` is three characters.
 """
 
+import contextlib
 import functools
 import os
 import stat
@@ -228,16 +229,20 @@ class Stores:
                 if entry.key.startswith(address.key):
                     yield entry
 
-    # --- S3 as boto3 knows it: prefixes that end anywhere, keys that obstore cannot say -------------------------------
+    # --- S3 as boto3 knows it: prefixes that end within a name, keys that obstore cannot say --------------------------
 
     async def _listed(self, address: Address) -> AsyncGenerator[Entry]:
+        """By obstore, which takes far less time; and on by boto3 from the first key that obstore cannot say."""
         after = ""
-        while True:
-            page = await in_thread(self._page, address, after)
-            for found in page:
-                yield Entry(found["Key"], found["Size"], found.get("ETag"))
-            if not page:
+        if not address.key or address.key.endswith("/"):
+            with contextlib.suppress(StoreUnavailable):
+                async for entry in self._at(address).entries(address.key):
+                    yield entry
+                    after = entry.key
                 return
+        while page := await in_thread(self._page, address, after):
+            for found in page:
+                yield Entry(found["Key"], found["Size"], found.get("ETag") or None)
             after = page[-1]["Key"]
 
     def _page(self, address: Address, after: str) -> list[dict[str, Any]]:
