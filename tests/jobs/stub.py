@@ -167,7 +167,8 @@ class Stub:
             return status, {"error": "The stub says no.", "code": CODES[status]}
         text = pictures.caption_of(data, prompt)
         output = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}
-        return 200, {"model_name": "stub", "outputs": [output], "parameters": {"model": "stub", "model_revision": "1"}}
+        said = {"model": "stub", "model_revision": "1", "image_tokens": 1}  # without these a gateway takes no answer
+        return 200, {"model_name": "stub", "outputs": [output], "parameters": said}
 
     def _chat(self, body: bytes) -> Answer:
         data, prompt = b"", ""
