@@ -1,4 +1,4 @@
-"""Write what is made from the operator's source: manifests/crd, docs/operator, and what the samples render to."""
+"""Write what the operator's source makes: manifests/{crd,rbac}, docs/operator, and what the samples render to."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "operator" / "src")]
 
 from sightline_operator.api import write_crds, write_reference  # noqa: E402
+from sightline_operator.rbac import NAMESPACE, operator_roles, user_roles  # noqa: E402
 from sightline_operator.render.cli import as_yaml, render_documents  # noqa: E402
 from sightline_operator.settings import RenderSettings  # noqa: E402
 
@@ -30,6 +31,19 @@ def _rendered(name: str, text: str, samples: dict[str, str]) -> str:
     return f"# Made by `make manifests` from samples/{name}, as `{command}` would.\n{as_yaml(manifests)}"
 
 
+def roles() -> dict[str, str]:
+    """The text of each file of manifests/rbac, by name."""
+    made = {
+        "cluster.yaml": ("rbac", operator_roles()),
+        "namespaced.yaml": (f"rbac --namespace {NAMESPACE}", operator_roles([NAMESPACE])),
+        "users.yaml": ("rbac --users", user_roles()),
+    }
+    return {
+        name: f"# Made by `make manifests`, as `python -m sightline_operator {command}` prints it.\n{as_yaml(objects)}"
+        for name, (command, objects) in made.items()
+    }
+
+
 def main() -> None:
     folder = ROOT / "manifests" / "rendered"
     folder.mkdir(exist_ok=True)
@@ -40,6 +54,9 @@ def main() -> None:
     for name, text in wanted.items():
         (folder / name).write_text(text)
     write_crds(ROOT / "manifests" / "crd")
+    (ROOT / "manifests" / "rbac").mkdir(exist_ok=True)
+    for name, text in roles().items():
+        (ROOT / "manifests" / "rbac" / name).write_text(text)
     write_reference(ROOT / "docs" / "operator")
 
 

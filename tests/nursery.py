@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,22 +61,28 @@ class Forked:
 
 
 class Nursery:
-    """The process that forks, started when it is first needed. For any thread."""
+    """The process that forks, started when it is first needed. For any thread.
 
-    def __init__(self) -> None:
+    module  what it runs: reads questions, answers them
+    command what a log calls the forked processes
+    """
+
+    def __init__(self, module: str = "tests.nursery", command: Sequence[str] = ("sightline", "serve")) -> None:
+        self._module = module
+        self._command = command
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, words: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path) -> Forked:
-        """`sightline serve WORDS` in a folder, its output in a log."""
+        """The command with these words in a folder, its output in a log."""
         wanted = {"words": list(words), "log": str(log), "environment": dict(environment), "folder": str(folder)}
-        return Forked(self, self.ask(wanted)["pid"], ["sightline", "serve", *words])
+        return Forked(self, self.ask(wanted)["pid"], [*self._command, *words])
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
             if self._process is None:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.nursery"],
+                    [sys.executable, "-m", self._module],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT,
                     cwd=Path(__file__).resolve().parent.parent,
                 )  # fmt: skip
@@ -100,6 +106,13 @@ def main() -> None:
     from sightline.server.serve import main as serve
 
     nursery.import_models()
+    answer_questions(serve)
+
+
+def answer_questions(work: Callable[[Sequence[str]], int]) -> None:
+    """Fork a process for every start that is asked for, until the input ends. All imports are done by now."""
+    from sightline import nursery
+
     threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, f"{threads} threads: a fork would inherit their locks"
     nursery.settle()
@@ -111,7 +124,7 @@ def main() -> None:
         else:
             with Path(asked["log"]).open("wb") as log:
                 child = nursery.fork(
-                    partial(serve, asked["words"]),
+                    partial(work, asked["words"]),
                     log=log,
                     environment=asked["environment"],
                     folder=Path(asked["folder"]),

@@ -8,6 +8,7 @@ import kopf
 from sightline_operator.act.client import Conflict, KubernetesClient
 from sightline_operator.render import render_pipeline
 from sightline_operator.settings import GROUP, VERSION, RenderSettings
+from tests.bench.marks import mark
 
 state: dict[str, KubernetesClient] = {}
 
@@ -31,6 +32,7 @@ async def create(body: kopf.Body, patch: kopf.Patch, **_: Any) -> None:
 
 @kopf.on.update(GROUP, VERSION, "visionpipelines", field="spec")
 async def update(body: kopf.Body, patch: kopf.Patch, **_: Any) -> None:
+    mark(body["metadata"])
     for child in render_pipeline(dict(body), RenderSettings(), frozenset()):
         await state["client"].apply(child)
     patch.status["observedGeneration"] = body["metadata"]["generation"]

@@ -1,13 +1,17 @@
 """`make bench-operator`: our operator and a plain Kopf `on.create` one, doing the same against a real API server.
 
 Each is measured in the same way, from outside: objects by counting them in the API server, writes by the API server's
-own counters, CPU and memory of the process by /proc. Progress on stderr, the table (Markdown) on stdout.
+own counters, CPU and memory of the process by /proc; but when each begins to look at an object it writes down itself
+(tests/bench/marks.py). A change counts from before its request is sent.
+
+Progress on stderr, the table (Markdown) on stdout.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -32,14 +36,18 @@ from sightline_operator.api import crds  # noqa: E402
 from sightline_operator.render import render_pipeline  # noqa: E402
 from sightline_operator.resources import BY_KIND, PIPELINES  # noqa: E402
 from sightline_operator.settings import RenderSettings  # noqa: E402
+from tests.bench import marks  # noqa: E402
 from tests.operator.conftest import HOW_TO_GET_THEM, ApiServer, assets  # noqa: E402
 from tests.operator.harness import pipeline  # noqa: E402
 
 ROWS = {
     "applies": "children made, per second",
+    "fill_cpu": "CPU for 1,000 children, s",
     "rss": "memory (RSS) with all of them, MiB",
     "restart_seconds": "restart with all present: caught up, s",
     "restart_writes": "restart: writes",
+    "start_p50": "change of a spec to the start of its reconcile, p50, ms",
+    "start_p99": "the same, p99, ms",
     "change_p50": "change of a spec to changed child, p50, ms",
     "change_p99": "the same, p99, ms",
     "idle_writes": "idle: writes",
@@ -74,10 +82,15 @@ class Bench:
             await self.idle()
         return self.figures
 
+    @property
+    def marks(self) -> Path:
+        return self.server.folder / f"{self.namespace}.marks"
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         environment = os.environ | {"KUBECONFIG": str(self.server.kubeconfig)}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
+        environment[marks.VARIABLE] = str(self.marks)
         log = (self.server.folder / f"{self.namespace}.log").open("ab")
         child = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
         self.process = psutil.Process(child.pid)
@@ -102,7 +115,7 @@ class Bench:
 
     async def fill(self) -> None:
         wanted = len(children("p")) * (self.options.objects + 1)
-        start = time.monotonic()
+        start, cpu = time.monotonic(), self.cpu()
         names = iter(range(self.options.objects))
 
         async def create() -> None:
@@ -115,8 +128,10 @@ class Bench:
             await asyncio.sleep(1)
         seconds = time.monotonic() - start
         await asyncio.gather(*creating)
-        self.figures["applies"] = (wanted - len(children("p"))) / seconds
+        new = wanted - len(children("p"))
+        self.figures["applies"] = new / seconds
         await self.settle(10)
+        self.figures["fill_cpu"] = (self.cpu() - cpu) / new * 1000
 
     async def restart(self) -> None:
         """From the start of the process to its last call but one: then it knows everything."""
@@ -125,9 +140,9 @@ class Bench:
         last = self.process.create_time()
         calm = 0
         while calm < 5:
-            cpu = sum(self.process.cpu_times()[:2])
+            cpu = self.cpu()
             await asyncio.sleep(1)
-            busy = sum(self.process.cpu_times()[:2]) - cpu
+            busy = self.cpu() - cpu
             calm = calm + 1 if busy < 0.1 else 0
             last = time.time() if busy >= 0.1 else last
             assert time.time() - start < 600
@@ -136,24 +151,10 @@ class Bench:
         tell(f"{self.namespace}: restarted")
 
     async def change(self) -> None:
-        """Fifty specs a second get another number of replicas; how long until their Deployments have it."""
-        sent: dict[str, float] = {}
-        took: list[float] = []
+        """Fifty specs a second get another number of replicas: until each is looked at, and its Deployment has it."""
         count = min(self.options.objects, self.options.changes)
-        _, since = await self.client.list(BY_KIND["Deployment"], self.namespace)
-
-        async def watch() -> None:
-            nonlocal since
-            while len(took) < count:
-                async for type_, obj in self.client.watch(BY_KIND["Deployment"], self.namespace, since):
-                    since = obj["metadata"]["resourceVersion"]
-                    name = obj["metadata"].get("name", "").removesuffix("-gateway")
-                    if type_ == "MODIFIED" and name in sent and obj["spec"]["replicas"] == 2:
-                        took.append((time.monotonic() - sent.pop(name)) * 1000)
-                        if len(took) == count:
-                            return
-
-        watching = asyncio.create_task(watch())
+        sent: dict[str, float] = {}
+        watching = asyncio.create_task(self.changed(count, sent))
         await asyncio.sleep(1)
         start = time.monotonic()
         pending: list[asyncio.Task[Any]] = []
@@ -162,22 +163,46 @@ class Bench:
             sent[f"p{number}"] = time.monotonic()
             spec = {"gateway": {"replicas": 2, "auth": {"none": True}}}
             pending.append(asyncio.create_task(self.client.apply(pipeline(f"p{number}", self.namespace, **spec))))
-        await asyncio.gather(*pending)
-        await asyncio.wait_for(watching, 300)
-        self.figures["change_p50"] = statistics.median(took)
-        self.figures["change_p99"] = sorted(took)[max(0, int(len(took) * 0.99) - 1)]
+        answers = await asyncio.gather(*pending)
+        arrived = await asyncio.wait_for(watching, 120)
+        started = marks.read(self.marks)
+        keys = {each["metadata"]["name"]: each["metadata"]["generation"] for each in answers}
+        self.quantiles("start", [started[name, generation] - sent[name] for name, generation in keys.items()])
+        self.quantiles("change", [arrived[name] - sent[name] for name in keys])
         tell(f"{self.namespace}: {count} changes")
         await self.settle(10)
 
+    async def changed(self, count: int, sent: dict[str, float]) -> dict[str, float]:
+        """When so many Deployments of those that were sent have their second replica."""
+        arrived: dict[str, float] = {}
+        _, since = await self.client.list(BY_KIND["Deployment"], self.namespace)
+        while True:
+            async for type_, obj in self.client.watch(BY_KIND["Deployment"], self.namespace, since):
+                since = obj["metadata"]["resourceVersion"]
+                name = obj["metadata"].get("name", "").removesuffix("-gateway")
+                if type_ == "MODIFIED" and name in sent and obj["spec"]["replicas"] == 2:
+                    arrived.setdefault(name, time.monotonic())
+                    if len(arrived) == count:
+                        return arrived
+
+    def quantiles(self, name: str, seconds: list[float]) -> None:
+        values = sorted(seconds)
+        self.figures[f"{name}_p50"] = statistics.median(values) * 1000
+        self.figures[f"{name}_p99"] = values[max(0, math.ceil(len(values) * 0.99) - 1)] * 1000
+
     async def idle(self) -> None:
-        assert self.process is not None
-        before, cpu = await self.writes(), sum(self.process.cpu_times()[:2])
+        before, cpu = await self.writes(), self.cpu()
         tell(f"{self.namespace}: idle for {self.options.idle} s")
         await asyncio.sleep(self.options.idle)
         self.figures["idle_writes"] = await self.writes() - before
-        self.figures["idle_cpu"] = (sum(self.process.cpu_times()[:2]) - cpu) / self.options.idle * 100
+        self.figures["idle_cpu"] = (self.cpu() - cpu) / self.options.idle * 100
 
     # --- measures ---
+
+    def cpu(self) -> float:
+        """Seconds of the process so far."""
+        assert self.process is not None
+        return sum(self.process.cpu_times()[:2])
 
     def memory(self) -> float:
         assert self.process is not None
@@ -250,8 +275,7 @@ async def main() -> None:
     commands = {
         "sightline": [
             python,
-            "-m",
-            "sightline_operator",
+            str(ROOT / "tests/bench/marked_operator.py"),
             "run",
             "--metrics-port=0",
             "--log-level=warning",

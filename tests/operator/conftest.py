@@ -300,6 +300,23 @@ def apiserver(new_apiserver: Callable[..., ApiServer]) -> ApiServer:
     return server
 
 
+@pytest.fixture(scope="session")
+def controlled(new_apiserver: Callable[..., ApiServer]) -> Iterator[ApiServer]:
+    """One with our CRDs and kube-controller-manager: Jobs, Deployments, owner references and namespaces move."""
+    from sightline_operator.api import crds
+    from tests.operator.controllers import controller_manager
+
+    folder = assets()
+    if folder is None or not os.access(folder / "kube-controller-manager", os.X_OK):
+        pytest.skip(
+            "kube-controller-manager, as KUBEBUILDER_ASSETS of setup-envtest does not hold it, must be put there"
+        )
+    server = new_apiserver()
+    server.install(crds())
+    with controller_manager(server):
+        yield server
+
+
 @pytest.fixture
 def namespace(apiserver: ApiServer) -> Iterator[str]:
     with apiserver.namespace() as name:

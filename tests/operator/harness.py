@@ -196,14 +196,20 @@ class User:
 
 
 @contextlib.contextmanager
-def process(apiserver: ApiServer, *flags: str, kubeconfig: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    apiserver: ApiServer,
+    *flags: str,
+    kubeconfig: Path | None = None,
+    module: str = "sightline_operator",
+    **variables: str,
+) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m sightline_operator run` as it is run by anybody; its log is in the API server's folder."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("KUBE", "SIGHTLINE"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("KUBE", "SIGHTLINE"))} | variables
     log = apiserver.folder / f"operator-{time.monotonic_ns()}.log"
     with log.open("wb") as stream:
         running = subprocess.Popen(
             [
-                *(sys.executable, "-m", "sightline_operator", "run"),
+                *(sys.executable, "-m", module, "run"),
                 *("--kubeconfig", str(kubeconfig or apiserver.kubeconfig), *flags),
             ],
             stderr=stream,

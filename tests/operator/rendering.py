@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from sightline_operator.render import OPTIONAL_KINDS, RENDER_VERSION, render_batch, render_pipeline
+from sightline_operator.render import OPTIONAL_KINDS, RENDER_VERSION, render_batch, render_pipeline, retried
 from sightline_operator.render.cli import as_yaml
 from sightline_operator.render.names import digest
 from sightline_operator.settings import RenderSettings
-from tests.operator.objects import batch, pipeline
+from tests.operator.objects import GONE, batch, pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
-DIGESTS: Mapping[int, str] = {1: "734508cc7a3558dc42b4ce63f4c34b2940c43cbd8aaaa2155220ebd040c20ce9"}
+DIGESTS: Mapping[int, str] = {1: "6f4b1521dd1009a3cd805516884c7dd9095dc9dc920619c6066405ce56fdc677"}
 """Of all golden files of a version. Until Sightline 0.1.0 is out, a change of version 1 is a new digest here. From then
 on what it renders stays for ever: another output is another version, or every upgrade restarts somebody's models."""
 
@@ -161,6 +161,9 @@ def _pipelines() -> dict[str, Case]:
         "cloud-identity": Case(
             owned(pipeline({"storage": {"s3": {"bucket": "images", "serviceAccountName": "reader"}}}))
         ),
+        "gateway-makes-batches": Case(
+            owned(pipeline({"gateway.batches": "VisionBatches", "storage": {"s3": OPEN_STORE | {"prefix": "own"}}}))
+        ),
         "no-kserve": Case(owned(pipeline()), kinds=frozenset()),
         "no-namespace": Case({**pipeline(), "metadata": {"name": "docs"}}),
     }
@@ -170,7 +173,23 @@ def _batches() -> dict[str, Case]:
     keyed = owned(pipeline({"gateway.auth": KEYS}))
     queued = {"queueName": "vision", "minParallelism": 2, "parallelism": 2, "priorityClassName": "low"}
     stores = {"input.s3Prefix": OPEN_STORE, "output.s3": OPEN_STORE | {"bucket": "captions"}}
+    stored = owned(pipeline({"storage": {"s3": OPEN_STORE}}))
+    uploaded = {"input": {"upload": {"fileId": "file-1"}}, "output": GONE}
+    listed = {
+        "input": {"manifest": {"uri": "s3://lists/a/list.csv", "format": "CSV"}},
+        "output": {"s3": OPEN_STORE, "sidecars": OPEN_STORE, "existing": "Append", "parquet": True},
+        "options.reuse": True,
+    }
+    again = batch({"input": {"retryOf": {"batchName": "night", "only": "Unenhanced"}}}, name="again")
+    night = batch(stores) | {"status": {"fingerprint": "0123456789ab"}}
+    night["metadata"]["uid"] = "9b2f"
+    known = {"status": {"retryOf": retried(night)}}
+    proxies = {"HTTPS_PROXY": "http://proxy.example:3128", "NO_PROXY": ".svc"}
     return {
+        "batch-upload": Case(stored, owned(batch(uploaded))),
+        "batch-manifest": Case(stored, owned(batch(listed))),
+        "batch-retry": Case(stored, owned(again) | known),
+        "batch-proxy": Case(owned(pipeline()), owned(batch()), settings=RenderSettings(worker_env=proxies)),
         "batch-plan": Case(owned(pipeline()), owned(batch())),
         "batch": Case(keyed, owned(batch(stores | {"completionWindow": "24h"})), PLAN),
         "batch-queued": Case(keyed, owned(batch(queued)), PLAN),

@@ -118,8 +118,12 @@ S3 = st.one_of(
             "credentialsSecretRef": objects({"name": NAMES}),
         },
     ),
-    objects({"bucket": st.just("images"), "serviceAccountName": NAMES}),
+    objects({"bucket": st.just("images"), "serviceAccountName": st.just("reader")}),
 )
+STORED = pipeline({"storage": {"s3": {"bucket": "images"}}})
+"""A pipeline with what batches may need of one, and """
+EARLIER = {"output": {"bucket": "captions", "prefix": "b/"}, "images": {"bucket": "images", "region": "eu-west-1"}}
+"""the batch that one may retry."""
 GATEWAY = objects(
     {
         "auth": st.one_of(st.just({"none": True}), objects({"apiKeysSecretRef": SECRET})),
@@ -163,15 +167,16 @@ BATCHES = st.builds(
                 st.sampled_from(
                     [
                         {"manifest": {"uri": "s3://lists/x"}},
+                        {"manifest": {"uri": "s3://lists/x", "endpoint": "http://10.1.2.3:9000", "pathStyle": True}},
                         {"upload": {"fileId": "f1"}},
                         {"retryOf": {"batchName": "b"}},
                     ]
                 ),
             ),
-            "output": objects({"s3": S3}),
+            "output": objects({}, {"s3": S3, "sidecars": S3, "parquet": st.booleans()}),
         },
         {
-            "options": objects({}, {"prompt": PROMPT, "generation": GENERATION}),
+            "options": objects({}, {"prompt": PROMPT, "generation": GENERATION, "reuse": st.booleans()}),
             "parallelism": st.integers(2, 1000),
             "completionWindow": LONGER,
             "queueName": NAMES,

@@ -150,7 +150,8 @@ async def test_it_waits_for_its_own_definitions(new_apiserver: Any) -> None:
         with process(server, *flags(user, port)) as running:
             await until(lambda: "install the CRDs" in running.log.read_text(), "it says what is missing", 120)
             assert (get(port, "/healthz") or pytest.fail("no answer")).status_code == 200
-            await asyncio.to_thread(server.install, crds())
+            applied = await asyncio.to_thread(command, "crds", "--apply", "--kubeconfig", str(server.kubeconfig))
+            assert applied.returncode == 0, applied.stderr
             user.apply(pipeline("p", namespace))
             await until(lambda: condition(user.get("VisionPipeline", "p"), "Ready"))
 

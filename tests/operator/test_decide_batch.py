@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,8 @@ PIPELINE = ("VisionPipeline", "scenes")
 
 class Batch:
     """A batch in a cluster whose pipeline serves; Jobs move only when they are told to."""
+
+    key = KEY
 
     def __init__(self, cluster: Cluster | None = None, **spec: Any) -> None:
         self.cluster = cluster or Cluster()
@@ -79,7 +82,7 @@ class Batch:
 
     @property
     def status(self) -> dict[str, Any]:
-        return self.cluster.objects[KEY]["status"]
+        return self.cluster.objects[self.key]["status"]
 
     @property
     def state(self) -> str:
@@ -248,6 +251,76 @@ def _with(world: Any, **changes: Any) -> Any:
     from dataclasses import replace
 
     return replace(world, **changes)
+
+
+# --- a retry ---------------------------------------------------------------------------------------------------------
+
+
+AGAIN = ("VisionBatch", "again")
+
+
+def retry_of(it: Batch, name: str = "nightly") -> Batch:
+    """Another batch in the same cluster, of the items that this one failed at; its operator looks at both."""
+    other = copy.copy(it)
+    other.key = AGAIN
+    it.cluster.create(batch("again", input={"retryOf": {"batchName": name}}))
+    return other.look()
+
+
+def page(it: Batch, name: str) -> dict[str, Any]:
+    return json.loads(it.cluster.objects["ConfigMap", f"{name}-batch"]["data"]["batch.json"])
+
+
+def test_a_retry_waits_for_the_end_of_the_batch_that_it_retries() -> None:
+    it = Batch().running(1)
+    again = retry_of(it)
+    assert (again.state, again.said("Progressing")) == ("Pending", ("False", "WaitingForBatch"))
+    assert again.said("Planned") == ("Unknown", "Listing")
+    assert ("Job", "again-plan") not in it.cluster.objects
+    it.finished()
+    root = f"out/{it.cluster.objects[KEY]['metadata']['uid']}/{it.status['fingerprint']}/"
+    assert page(it, "again")["input"]["retryOf"]["s3"]["prefix"] == root
+    assert page(it, "again")["input"]["retryOf"]["images"]["prefix"] == "in/"
+    assert again.status["retryOf"]["output"]["prefix"] == root
+    assert again.state == "Complete"
+
+
+def test_a_retry_of_nothing_says_so_and_goes_on_when_it_is_there() -> None:
+    it = Batch().finished()
+    again = retry_of(it, "elsewhere")
+    assert again.said("Planned") == again.said("Progressing") == ("False", "InputNotFound")
+    assert again.message("Planned") == "VisionBatch elsewhere does not exist"
+    it.cluster.create(batch("elsewhere"))
+    settle(it.operator)
+    assert again.state == "Complete"
+
+
+def test_a_retry_goes_on_when_the_batch_that_it_retries_is_deleted() -> None:
+    it = Batch().finished()
+    again = retry_of(it)
+    assert again.state == "Planning"
+    before = page(it, "again")
+    it.cluster.delete(KEY)
+    again.look()
+    assert page(it, "again") == before
+    settle(it.operator)
+    assert again.state == "Complete"
+    assert page(it, "again") == before
+
+
+def test_where_a_batch_writes_is_kept_though_its_pipelines_storage_moves() -> None:
+    it = Batch.__new__(Batch)
+    it.cluster, it.key = Cluster(), KEY
+    it.operator = Operator(it.cluster)
+    it.cluster.create(pipeline(storage={"s3": {"bucket": "before"}}))
+    settle(it.operator)
+    it.cluster.create(batch(output={}))
+    it.look().planned()
+    assert it.status["output"] == {"bucket": "before", "prefix": "sightline/batches/", "pathStyle": False}
+    it.cluster.edit(PIPELINE, storage={"s3": {"bucket": "after"}})
+    it.finished()
+    assert page(it, "nightly")["output"]["s3"]["bucket"] == "before"
+    assert it.state == "Complete"
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------

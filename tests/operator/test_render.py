@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from sightline.jobs.page import Location, Page, read_page
 from sightline_operator.render import (
     HASH,
     RENDER_VERSION,
@@ -18,6 +20,7 @@ from sightline_operator.render import (
     pinned,
     render_batch,
     render_pipeline,
+    retried,
     revision,
 )
 from sightline_operator.render.cli import as_yaml
@@ -149,7 +152,7 @@ def test_pods_are_restricted(name: str) -> None:
         if child["kind"] in ("Deployment", "Job"):
             pod = child["spec"]["template"]["spec"]
             assert pod["securityContext"]["runAsNonRoot"]
-            assert not pod["automountServiceAccountToken"]
+            assert pod["automountServiceAccountToken"] is (name == "gateway-makes-batches")
         elif child["kind"] == "InferenceService" and "model" not in child["spec"]["predictor"]:
             pod = child["spec"]["predictor"]
         else:
@@ -623,6 +626,125 @@ def test_workers_are_told_what_to_do_and_nothing_secret() -> None:
         secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
         assert secrets == {"api-keys": "keys", "output-credentials": "cloud"}
         assert pod["terminationGracePeriodSeconds"] >= 130
+
+
+def page_of(name: str) -> Page:
+    """What the workers themselves read of the page of a golden case."""
+    (config,) = (child for child in CASES[name].rendered() if child["kind"] == "ConfigMap")
+    return read_page(config["data"]["batch.json"])
+
+
+def test_the_workers_read_the_page() -> None:
+    page = page_of("batch")
+    assert (page.name, page.shard_size, page.chunk_size, page.max_attempts) == ("night", 1000, 50, 3)
+    assert page.input.location == Location(
+        "s3://images/",
+        endpoint="http://minio.storage.svc:9000",
+        path_style=True,
+        credentials=Path("/etc/sightline/credentials/input"),
+    )
+    assert page.outputs.location.url == "s3://captions/"
+    assert page.target.revision
+    assert not page.dry_run
+    assert page_of("batch-dry").dry_run
+
+
+def test_an_upload_lies_in_the_pipelines_storage_and_so_do_its_results() -> None:
+    page = page_of("batch-upload")
+    assert (page.input.kind, page.target.kind) == ("upload", "openai")
+    assert page.input.location.url == "s3://images/sightline/uploads/file-1"
+    assert page.input.location.credentials == Path("/etc/sightline/credentials/input")
+    assert page.outputs.location.url == "s3://images/sightline/batches/"
+    for spec in ({"input": {"upload": {"fileId": "f"}}}, {"output": GONE}):
+        with pytest.raises(RenderError, match="needs VisionPipeline docs to have a storage"):
+            jobs(spec)
+
+
+def test_a_batch_goes_on_writing_where_it_began() -> None:
+    begun = owned(batch({"output": GONE})) | {"status": {"output": {"bucket": "before", "prefix": "x/"}}}
+    moved = owned(pipeline({"storage": {"s3": {"bucket": "after"}}}))
+    page = json.loads(render_batch(begun, moved, None, SETTINGS)["configuration"]["data"]["batch.json"])
+    assert page["output"]["s3"] == {"bucket": "before", "prefix": "x/", "pathStyle": False}
+
+
+def test_a_list_of_images_lies_in_the_outputs_store_unless_it_says_otherwise() -> None:
+    page = page_of("batch-manifest")
+    assert (page.input.location.url, page.input.format) == ("s3://lists/a/list.csv", "CSV")
+    assert page.input.location.endpoint == "http://minio.storage.svc:9000"
+    assert page.input.location.credentials == Path("/etc/sightline/credentials/input")
+    assert (page.outputs.existing, page.outputs.parquet, page.options.reuse) == ("append", True, True)
+    assert page.outputs.sidecars is not None
+    assert page.outputs.sidecars.credentials == Path("/etc/sightline/credentials/sidecars")
+    own = {"input.manifest": {"uri": "s3://lists/x", "region": "eu-west-1"}, "input.s3Prefix": GONE}
+    children = jobs(own | {"output.s3": {"bucket": "captions", "credentialsSecretRef": {"name": "cloud"}}})
+    elsewhere = read_page(children["configuration"]["data"]["batch.json"]).input.location
+    assert (elsewhere.region, elsewhere.endpoint, elsewhere.credentials) == ("eu-west-1", None, None)
+
+
+def test_a_retry_reads_the_earlier_batch_and_its_images() -> None:
+    page = page_of("batch-retry")
+    assert (page.input.kind, page.input.only) == ("retry_of", "Unenhanced")
+    assert page.input.location.url == "s3://captions/9b2f/0123456789ab/"
+    assert page.input.images is not None
+    assert page.input.images.url == "s3://images/"
+    assert page.input.images.credentials == Path("/etc/sightline/credentials/images")
+    with pytest.raises(RenderError, match="VisionBatch other is not known"):
+        jobs({"input": {"retryOf": {"batchName": "other"}}})
+
+
+@pytest.mark.parametrize(
+    ("source", "form", "has_images"),
+    [
+        ({"s3Prefix": {"bucket": "images"}}, "JSONL", True),
+        ({"manifest": {"uri": "s3://lists/x", "format": "OpenAIBatch"}}, "OpenAIBatch", True),
+        ({"upload": {"fileId": "f"}}, "OpenAIBatch", False),
+    ],
+)
+def test_a_retry_of_a_retry_asks_as_the_first_batch_did(source: dict[str, Any], form: str, has_images: bool) -> None:
+    def done(cr: dict[str, Any], uid: str, **status: Any) -> dict[str, Any]:
+        return cr | {"metadata": cr["metadata"] | {"uid": uid}, "status": {"fingerprint": "f" * 12, **status}}
+
+    first = retried(done(batch({"input": source}), "1"))
+    assert first is not None
+    assert (first["format"], "images" in first) == (form, has_images)
+    assert first["output"]["prefix"] == f"1/{'f' * 12}/"
+    second = retried(done(batch({"input": {"retryOf": {"batchName": "night"}}}), "2", retryOf=first))
+    assert second is not None
+    assert second == first | {"output": first["output"] | {"prefix": f"2/{'f' * 12}/"}}
+    assert retried(batch({"input": source})) is None, "never planned"
+
+
+def test_workers_know_the_region_and_reach_the_gateway_past_a_proxy() -> None:
+    cr = owned(batch({"output.s3": {"bucket": "captions", "region": "eu-central-1"}}))
+    settings = RenderSettings(worker_env={"HTTPS_PROXY": "http://10.0.0.9:3128", "NO_PROXY": ".local"})
+    children = render_batch(cr, owned(pipeline()), None, settings)
+    said = environment(children["plan"])
+    assert said["AWS_REGION"] == "eu-central-1"
+    assert said["HTTPS_PROXY"] == "http://10.0.0.9:3128"
+    assert said["NO_PROXY"] == ".local,docs-gateway.default.svc.cluster.local"
+    proxy = {"to": [{"ipBlock": {"cidr": "10.0.0.9/32"}}], "ports": [{"protocol": "TCP", "port": 3128}]}
+    assert proxy in children["policy"]["spec"]["egress"]
+    assert "NO_PROXY" not in environment(jobs()["plan"])
+
+
+def test_two_identities_fit_into_no_pod() -> None:
+    one, other = ({"bucket": "images", "serviceAccountName": name} for name in ("reader", "writer"))
+    with pytest.raises(RenderError, match=r"reader.*and a pod has one"):
+        jobs({"input.s3Prefix": one, "output.s3": other})
+    pod = jobs({"input.s3Prefix": one, "output.s3": {"bucket": "captions"}})["plan"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "reader"
+
+
+def test_a_gateway_keeps_its_jobs_in_the_storage_and_makes_batches_where_that_was_asked_for() -> None:
+    def gateway(changes: dict[str, Any] | None = None) -> Manifest:
+        return rendered(changes)["ConfigMap/docs-gateway"]["data"]
+
+    assert gateway()["JOB_STORE"] == "file:///var/lib/sightline/jobs"
+    stored = gateway({"storage": {"s3": {"bucket": "images"}}})
+    assert (stored["JOB_STORE"], "BATCH_BACKEND" in stored) == ("s3://images/sightline", False)
+    makes = {"storage": {"s3": {"bucket": "images", "prefix": ""}}, "gateway.batches": "VisionBatches"}
+    assert gateway(makes)["JOB_STORE"] == "s3://images"
+    assert (gateway(makes)["BATCH_BACKEND"], gateway(makes)["BATCH_PIPELINE"]) == ("kubernetes", "docs")
 
 
 def test_a_pause_and_a_wider_window_leave_the_pods_as_they_are() -> None:

@@ -19,7 +19,7 @@ from sightline_operator.settings import FIELD_MANAGER
 from tests.operator.conftest import ApiServer
 from tests.operator.objects import batch, pipeline
 from tests.operator.rendering import PLAN, cases, owned
-from tests.operator.specs import BATCHES, PIPELINES
+from tests.operator.specs import BATCHES, EARLIER, PIPELINES, STORED
 
 CASES = cases()
 STRICTLY = {"force": "true", "fieldValidation": "Strict"}
@@ -95,7 +95,7 @@ def test_whatever_a_pipeline_says_is_taken(cr: dict[str, Any], server: Server) -
 @FEW
 @given(cr=BATCHES)
 def test_whatever_a_batch_says_is_taken(cr: dict[str, Any], server: Server) -> None:
-    for child in render_batch(owned(cr), owned(pipeline()), PLAN, RenderSettings()).values():
+    for child in render_batch(owned(cr), owned(STORED), PLAN, RenderSettings(), EARLIER).values():
         server.check(child)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sightline_operator.render import OPTIONAL_KINDS, RenderSettings, render_batch, render_pipeline
 from tests.operator.objects import pipeline
 from tests.operator.rendering import owned
-from tests.operator.specs import BATCHES, PIPELINES, PLANS
+from tests.operator.specs import BATCHES, EARLIER, PIPELINES, PLANS, STORED
 from tests.operator.test_render import FOREIGN, walk
 
 MODES = st.sampled_from(["Standard", "RawDeployment", "Knative", "Serverless"])
@@ -52,8 +52,8 @@ def test_any_valid_pipeline_renders(cr: dict[str, Any], mode: str, kinds: frozen
 @EXAMPLES
 @given(cr=BATCHES, plan=PLANS)
 def test_any_valid_batch_renders(cr: dict[str, Any], plan: dict[str, int] | None) -> None:
-    children = render_batch(owned(cr), owned(pipeline()), plan, RenderSettings())
-    assert children == render_batch(owned(cr), owned(pipeline()), plan, RenderSettings())
+    children = render_batch(owned(cr), owned(STORED), plan, RenderSettings(), EARLIER)
+    assert children == render_batch(owned(cr), owned(STORED), plan, RenderSettings(), EARLIER)
     assert ("run" in children) == bool(plan and plan["shards"])
     assert ("finish" in children) == (plan is not None)
     for child in children.values():

@@ -13,9 +13,9 @@ import orjson
 import pytest
 from obstore.store import LocalStore, MemoryStore, ObjectStore
 
-from sightline.jobs import objects as module
-from sightline.jobs import runs as runs_module
-from sightline.jobs.objects import LEASE_SECONDS, MAX_HOLDERS, open_store
+from sightline.jobs import leases, objects, runner
+from sightline.jobs.leases import LEASE_SECONDS, MAX_HOLDERS
+from sightline.jobs.objects import open_store
 from sightline.jobs.runs import Execute, Runs, RunState, Status
 
 T = TypeVar("T")
@@ -140,7 +140,9 @@ class TestOneServer:
 
         run_id = await server.submit(REQUEST, IMAGE, ME)
 
-        assert {f"runs/{run_id}/input", f"runs/{run_id}/request.json"} <= set(keys(store))
+        stored = {key.removeprefix(f"runs/{run_id}/") for key in keys(store)}
+        assert {"request.json", "uploads/input"} <= stored
+        assert any(key.endswith("plan/PLAN.json") for key in stored)
 
     async def test_while_it_is_worked_on_it_is_in_progress(self, serve: Serve) -> None:
         worker = Worker(is_free=False)
@@ -305,9 +307,11 @@ class TestSeveralServers:
         assert await second.get(run_id, OTHER) is None
 
     async def test_a_stored_run_that_nobody_took_is_in_the_queue(self, serve: Serve, store: ObjectStore) -> None:
-        run_id = str(uuid.uuid4())
-        body = {"request": REQUEST, "has_input": False, "principal": ME, "created": 0}
-        obstore.put(store, f"runs/{run_id}/request.json", orjson.dumps(body))
+        """A server stored it and was killed before it took it."""
+        victim = serve(Worker(is_free=False))
+        run_id = await victim.submit(REQUEST, None, ME)
+        await victim.close()
+        obstore.delete(store, f"runs/{run_id}/holders/lease-0")
         server = serve(Worker())
 
         assert (await server.get(run_id, ME)).status == "IN_QUEUE"
@@ -359,7 +363,7 @@ class TestSeveralServers:
 
         assert state.output == {"text": "fast"}
         assert await second.get(run_id, ME) == state
-        assert [key for key in keys(store) if key.endswith("result.json")] == [f"runs/{run_id}/result.json"]
+        assert len([key for key in keys(store) if "/parts/" in key]) == 1
 
     async def test_only_one_of_many_takes_over(self, serve: Serve, clock: Clock) -> None:
         first = serve(Worker(is_free=False))
@@ -388,7 +392,7 @@ class TestSeveralServers:
 
         worker, other = Worker("first", is_free=False), Worker("second")
         first, second = serve(worker), serve(other)
-        monkeypatch.setattr(module, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
+        monkeypatch.setattr(leases, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
         run_id = await first.submit(REQUEST, None, ME)
         await soon(sleeps.acquire())
         clock.now += LEASE_SECONDS - 1
@@ -396,7 +400,7 @@ class TestSeveralServers:
         waking.release()
         await soon(sleeps.acquire())  # it sleeps again: the lease is renewed
 
-        assert read(store, f"runs/{run_id}/lease-0")["expires"] == clock.now + LEASE_SECONDS
+        assert read(store, f"runs/{run_id}/holders/lease-0")["expires"] == clock.now + LEASE_SECONDS
         clock.now += LEASE_SECONDS - 1
         await second.sweep()
         assert other.calls == []
@@ -437,13 +441,13 @@ class TestSeveralServers:
         self, serve: Serve, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def put(store: ObjectStore, key: str, *args: Any, **options: Any) -> Any:
-            if key.endswith("result.json"):
+            if "/parts/" in key:
                 raise OSError("the store is away")
             return obstore.put(store, key, *args, **options)
 
         server = serve(worker := Worker())
         with monkeypatch.context() as patched:
-            patched.setattr(module, "obstore", SimpleNamespace(**vars(obstore) | {"put": put}))
+            patched.setattr(objects, "obstore", SimpleNamespace(**vars(obstore) | {"put": put}))
             run_id = await server.submit(REQUEST, None, ME)
             state = await soon(server.wait(run_id, ME, PATIENCE_SECONDS))
         assert not state.is_finished
@@ -464,8 +468,8 @@ class TestSeveralServers:
         for key in ("runs/stray", "runs/a/b/c/d", "runs/x/lease-y", "other/thing"):
             obstore.put(store, key, b"?")
         for key in ("request.json", "result.json"):
-            for number, data in enumerate([b"", b"{", b"[]", b"null", b"{}"]):
-                obstore.put(store, f"runs/0{number}{key}/{key}", data)
+            for number, data in enumerate([b"", b"{", b"[]", b"null", b"{}"], start=len(key)):
+                obstore.put(store, f"runs/{uuid.UUID(int=number)}/{key}", data)
 
         server = serve(Worker("heir"))
         await server.start()
@@ -566,19 +570,20 @@ class TestStart:
         store, worker = MemoryStore(), Worker()
         server = Runs(store, worker, ttl_seconds=TTL_SECONDS, clock=clock)
         await server.start()
-        monkeypatch.setattr(runs_module, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
-        monkeypatch.setattr(module, "obstore", None)
+        monkeypatch.setattr(runner, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
+        monkeypatch.setattr(objects, "obstore", None)
         await soon(sleeps.acquire())
         waking.release()
         await soon(sleeps.acquire())  # that sweep failed
-        monkeypatch.setattr(module, "obstore", obstore)
-        body = {"request": REQUEST, "has_input": False, "principal": ME, "created": 0}
-        obstore.put(store, f"runs/{uuid.uuid4()}/request.json", orjson.dumps(body))
+        monkeypatch.setattr(objects, "obstore", obstore)
+        victim = Runs(store, Worker(is_free=False), ttl_seconds=TTL_SECONDS, clock=clock)
+        await victim.submit(REQUEST, None, ME)
+        await victim.close()
 
         waking.release()
 
         await soon(worker.began.wait())
-        await server.close(PATIENCE_SECONDS)
+        await server.close()
 
 
 class TestOpening:

@@ -1,4 +1,4 @@
-"""The command: `run` the operator, `render` what it would apply, print the `crds`."""
+"""The command: `run` the operator, `render` what it would apply, print the `crds` and the `rbac` that it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from sightline_operator.rbac import NAMESPACE, operator_roles, user_roles
 from sightline_operator.settings import OperatorSettings, RenderSettings
 
 PREFIX = "SIGHTLINE_OPERATOR_"
@@ -26,16 +28,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         return render(arguments[1:], prog="sightline-operator render")
     options = _parser(os.environ).parse_args(arguments)
     if options.command == "crds":
-        return _crds()
+        return _crds(options)
+    if options.command == "rbac":
+        return _rbac(options)
     return _run(options)
 
 
-def _crds() -> int:
+def _crds(options: argparse.Namespace) -> int:
     import yaml
 
     from sightline_operator.api import crds
 
+    if options.apply:
+        return asyncio.run(_apply(crds(), options))
     sys.stdout.write("".join("---\n" + yaml.safe_dump(crd, sort_keys=False, width=120) for crd in crds()))
+    return 0
+
+
+async def _apply(manifests: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> int:
+    """What the chart does before an upgrade: Helm never touches a CRD that is there."""
+    from sightline_operator.act.client import ApiError, KubernetesClient
+
+    client = await KubernetesClient.connect(options.kubeconfig, options.context)
+    try:
+        for manifest in manifests:
+            await client.apply(manifest)
+            sys.stdout.write(f"{manifest['metadata']['name']} applied\n")
+    except ApiError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    finally:
+        await client.close()
+    return 0
+
+
+def _rbac(options: argparse.Namespace) -> int:
+    from sightline_operator.render.cli import as_yaml
+
+    made = user_roles() if options.users else operator_roles(options.namespace, options.own_namespace)
+    sys.stdout.write(as_yaml(made))
     return 0
 
 
@@ -51,14 +82,23 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> OperatorSettings:
+    from sightline_operator.render.cli import environment_of
+
     images = dict(RenderSettings().images)
     for pair in options.image:
         name, sign, image = pair.partition("=")
         if not sign or not image or name not in images:
             raise SystemExit(f"--image {pair}: must be NAME=IMAGE with NAME one of {', '.join(images)}")
         images[name] = image
+    try:
+        worker_env = environment_of(options.worker_env)
+    except ValueError as error:
+        raise SystemExit(f"--worker-env {error}") from error
     render = RenderSettings(
-        images=images, deployment_mode=options.deployment_mode, cluster_domain=options.cluster_domain
+        images=images,
+        deployment_mode=options.deployment_mode,
+        cluster_domain=options.cluster_domain,
+        worker_env=worker_env,
     )
     return OperatorSettings(
         render=render,
@@ -80,7 +120,14 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sightline-operator", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="print what the operator would apply (see `render --help`)", add_help=False)
-    commands.add_parser("crds", help="print the CustomResourceDefinitions")
+    crds = commands.add_parser("crds", help="print the CustomResourceDefinitions, or apply them")
+    crds.add_argument("--apply", action="store_true", help="to the cluster, by server-side apply")
+    crds.add_argument("--kubeconfig", default=environ.get(f"{PREFIX}KUBECONFIG"), help="instead of $KUBECONFIG")
+    crds.add_argument("--context", default=environ.get(f"{PREFIX}CONTEXT"), help="of the kubeconfig")
+    rbac = commands.add_parser("rbac", help="print the operator's ServiceAccount, its roles and their bindings")
+    rbac.add_argument("-n", "--namespace", action="append", default=[], help="to look at; none: all of them")
+    rbac.add_argument("--own-namespace", default=NAMESPACE, help="of the operator's pods and Lease")
+    rbac.add_argument("--users", action="store_true", help="instead: roles of people, aggregated into edit and view")
     run = commands.add_parser(
         "run",
         help="run the operator",
@@ -127,6 +174,13 @@ def _work_options(run: argparse.ArgumentParser, environ: Mapping[str, str]) -> N
     )
     run.add_argument(
         "--image", action="append", default=_list(env("IMAGE", "")), metavar="NAME=IMAGE", help="as describe=my/image:1"
+    )
+    run.add_argument(
+        "--worker-env",
+        action="append",
+        default=_list(env("WORKER_ENV", "")),
+        metavar="NAME=VALUE",
+        help="a variable of the workers of batches, such as HTTPS_PROXY=http://proxy:3128",
     )
     run.add_argument(
         "--deployment-mode",

@@ -21,6 +21,38 @@ OnEvent = Callable[[str | None, Mapping[str, Any]], None]
 PLURALS = ("visionpipelines", "visionbatches")
 
 
+class NoDiffs(kopf.DiffBaseStorage):
+    """Kopf copies every object deeply at every event to compare it with what it was; `on.event` has no use for that."""
+
+    def build(self, **_: object) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, **_: object) -> None:
+        return None
+
+    def store(self, **_: object) -> None:
+        """Nothing is kept."""
+
+
+class NoProgress(kopf.ProgressStorage):
+    """`on.event` handlers are tried once, so that there is no progress to keep on the object."""
+
+    def fetch(self, **_: object) -> None:
+        return None
+
+    def store(self, **_: object) -> None:
+        """Nothing is kept."""
+
+    def purge(self, **_: object) -> None:
+        """Nothing was kept."""
+
+    def touch(self, **_: object) -> None:
+        """Nothing to touch."""
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
+
+
 class Backoffs:
     """Seconds between attempts of one call, for ever: replicas must not all come back at the same moment."""
 
@@ -47,6 +79,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.process.ultimate_exiting_timeout = 25
     settings.persistence.finalizer = f"{GROUP}/unused"
     settings.persistence.consistency_timeout = 0
+    settings.persistence.diffbase_storage = NoDiffs()
+    settings.persistence.progress_storage = NoProgress()
 
 
 def registry_of(on_event: OnEvent, credentials: Callable[[], Awaitable[Credentials]]) -> kopf.OperatorRegistry:

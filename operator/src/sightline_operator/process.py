@@ -9,6 +9,7 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
+from urllib.parse import urlencode
 
 from aiohttp import web
 
@@ -179,15 +180,35 @@ class Operator:
             await asyncio.sleep(MEASURE_SECONDS)
 
     def _progress_url(self, pipeline: Mapping[str, Any], batch: Mapping[str, Any]) -> str | None:
+        asked = progress_query(pipeline, batch)
+        return (
+            f"{self._gateway(pipeline)}/internal/batches/{batch['metadata']['uid']}/progress?{asked}" if asked else None
+        )
+
+    def _gateway(self, pipeline: Mapping[str, Any]) -> str:
         metadata, spec = pipeline["metadata"], pipeline["spec"]
-        base = self._settings.gateway_url.format(
+        return self._settings.gateway_url.format(
             service=child_name(metadata["name"], "gateway"),
             namespace=metadata["namespace"],
             name=metadata["name"],
             domain=self._settings.render.cluster_domain,
             port=((spec.get("gateway") or {}).get("service") or {}).get("port", 80),
         )
-        return f"{base}/internal/batches/{batch['metadata']['uid']}/progress"
+
+
+def progress_query(pipeline: Mapping[str, Any], batch: Mapping[str, Any]) -> str | None:
+    """What a gateway is told of the batch whose progress it shall count: fingerprint and place.
+
+    None before there is a plan, and when the batch writes elsewhere than into the gateway's own bucket: it counts
+    nothing there, as it has no right to.
+    """
+    status, storage = batch.get("status") or {}, (pipeline["spec"].get("storage") or {}).get("s3") or {}
+    output = status.get("output") or (batch["spec"].get("output") or {}).get("s3") or {}
+    same = all(storage.get(name) == output.get(name) for name in ("bucket", "endpoint"))
+    if not storage or not same or not status.get("fingerprint"):
+        return None
+    place = f"s3://{output['bucket']}/{(output.get('prefix') or '').strip('/')}".rstrip("/")
+    return urlencode({"fingerprint": status["fingerprint"], "output": place})
 
 
 async def run(settings: OperatorSettings, kubeconfig: str | None, context: str | None) -> int:

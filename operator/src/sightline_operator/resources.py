@@ -1,9 +1,9 @@
-"""The kinds the operator reads or writes: group, versions, plural and how each is watched. A table; no I/O."""
+"""The kinds the operator reads or writes: group, versions, plural, how it is watched, what is done. A table; no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sightline_operator.settings import FIELD_MANAGER, GROUP, OWNED_LABEL, OWNED_VALUE, VERSION
@@ -11,12 +11,18 @@ from sightline_operator.settings import FIELD_MANAGER, GROUP, OWNED_LABEL, OWNED
 OWNED = f"{OWNED_LABEL}={OWNED_VALUE}"
 ISVC_LABEL = "serving.kserve.io/inferenceservice"
 
+WATCHED = ("list", "watch")
+READ = ("get", *WATCHED)
+KEPT = (*READ, "create", "patch", "delete")
+"""What is made by server-side apply, which is a PATCH and, for a new object, needs `create` as well."""
+
 
 @dataclass(frozen=True)
 class Resource:
     """One kind.
 
     versions      that we can speak, best first; an optional kind is served in any of them
+    verbs         what the operator does with it, and so what its role allows
     selector      labels that the watch asks for; empty: all
     fields        field selector of the watch
     is_optional   another project's: its absence is a fact, not an error
@@ -26,6 +32,7 @@ class Resource:
     group: str
     versions: tuple[str, ...]
     plural: str
+    verbs: tuple[str, ...] = KEPT
     selector: str = OWNED
     fields: str = ""
     is_optional: bool = False
@@ -45,7 +52,7 @@ class Resource:
         return "/".join(parts)
 
 
-PIPELINES = Resource("VisionPipeline", GROUP, (VERSION,), "visionpipelines", selector="")
+PIPELINES = Resource("VisionPipeline", GROUP, (VERSION,), "visionpipelines", READ, selector="")
 BATCHES = Resource("VisionBatch", GROUP, (VERSION,), "visionbatches", selector="")
 
 CHILDREN = (
@@ -59,22 +66,38 @@ CHILDREN = (
     Resource("Job", "batch", ("v1",), "jobs"),
 )
 PODS = (
-    Resource("Pod", "", ("v1",), "pods"),
-    Resource("Pod", "", ("v1",), "pods", selector=f"{ISVC_LABEL},{OWNED_LABEL}!={OWNED_VALUE}"),
+    Resource("Pod", "", ("v1",), "pods", WATCHED),
+    Resource("Pod", "", ("v1",), "pods", WATCHED, selector=f"{ISVC_LABEL},{OWNED_LABEL}!={OWNED_VALUE}"),
 )
-WARNINGS = Resource("Event", "", ("v1",), "events", selector="", fields="type=Warning,involvedObject.kind=Pod")
+WARNINGS = Resource("Event", "", ("v1",), "events", WATCHED, selector="", fields="type=Warning,involvedObject.kind=Pod")
 OPTIONAL = (
     Resource("InferenceService", "serving.kserve.io", ("v1beta1",), "inferenceservices", selector="", is_optional=True),
-    Resource("ServingRuntime", "serving.kserve.io", ("v1alpha1",), "servingruntimes", selector="", is_optional=True),
+    Resource(
+        "ServingRuntime", "serving.kserve.io", ("v1alpha1",), "servingruntimes", WATCHED, selector="", is_optional=True
+    ),
     Resource("HTTPRoute", "gateway.networking.k8s.io", ("v1", "v1beta1"), "httproutes", is_optional=True),
     Resource("ServiceMonitor", "monitoring.coreos.com", ("v1",), "servicemonitors", is_optional=True),
-    Resource("Workload", "kueue.x-k8s.io", ("v1beta2", "v1beta1"), "workloads", selector="", is_optional=True),
+    Resource(
+        *("Workload", "kueue.x-k8s.io", ("v1beta2", "v1beta1"), "workloads"),
+        verbs=(*READ, "patch"),
+        selector="",
+        is_optional=True,
+    ),
 )
-EVENTS = Resource("Event", "events.k8s.io", ("v1",), "events")
-LEASES = Resource("Lease", "coordination.k8s.io", ("v1",), "leases")
+EVENTS = Resource("Event", "events.k8s.io", ("v1",), "events", ("create",))
+LEASES = Resource("Lease", "coordination.k8s.io", ("v1",), "leases", ("get", "create", "update"))
+CRDS = Resource(
+    "CustomResourceDefinition",
+    "apiextensions.k8s.io",
+    ("v1",),
+    "customresourcedefinitions",
+    ("get", "patch"),
+    selector="",
+)
+"""For `crds --apply` alone; the operator itself never touches them."""
 
 OURS = (PIPELINES, BATCHES)
-BY_KIND = {resource.kind: resource for resource in (*OURS, *CHILDREN, PODS[0], *OPTIONAL, LEASES)}
+BY_KIND = {resource.kind: resource for resource in (*OURS, *CHILDREN, PODS[0], *OPTIONAL, LEASES, CRDS)}
 
 
 def resource_of(manifest: Mapping[str, Any]) -> Resource:
@@ -84,7 +107,7 @@ def resource_of(manifest: Mapping[str, Any]) -> Resource:
     """
     row = BY_KIND[manifest["kind"]]
     version = str(manifest["apiVersion"]).rpartition("/")[2]
-    return row if version == row.versions[0] else Resource(row.kind, row.group, (version,), row.plural, row.selector)
+    return row if version == row.versions[0] else replace(row, versions=(version,))
 
 
 def is_owned_entry(entry: Mapping[str, Any]) -> bool:

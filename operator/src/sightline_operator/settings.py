@@ -19,18 +19,24 @@ PART_OF = "sightline"
 class RenderSettings:
     """What rendering needs beside the object.
 
-    images            by predictor: describe, generate, embed, enhance, blip, pipeline (the gateway), worker
+    images            by predictor: describe, generate, embed, enhance, blip, pipeline (the gateway), and of the workers
+                      of batches, which is the gateway's
     deployment_mode   what the cluster's KServe calls it: Standard, RawDeployment, Knative or Serverless
+    worker_env        variables of the workers of batches, such as HTTPS_PROXY
     """
 
     images: Mapping[str, str] = field(
-        default_factory=lambda: {
-            name: f"sightline-{name}:0.1.0"
-            for name in ("describe", "generate", "embed", "enhance", "blip", "pipeline", "worker")
-        }
+        default_factory=lambda: (
+            {
+                name: f"sightline-{name}:0.1.0"
+                for name in ("describe", "generate", "embed", "enhance", "blip", "pipeline")
+            }
+            | {"worker": "sightline-pipeline:0.1.0"}
+        )
     )
     deployment_mode: str = "Standard"
     cluster_domain: str = "svc.cluster.local"
+    worker_env: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`sightline`: serve a model, run the demonstration, caption an image over HTTP."""
+"""`sightline`: serve a model, run the demonstration, caption an image or a batch of them over HTTP."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sightline.conformance.command import conformance
+from sightline.jobs.command import batch
 
 app = typer.Typer(
     help="Vision-language models as KServe predictors, and the caption→enhance pipeline.",
@@ -119,6 +120,7 @@ def render(context: typer.Context) -> None:
 
 
 app.command()(conformance)
+app.add_typer(batch, name="batch")
 
 
 def _tame_threads() -> None:

@@ -172,7 +172,7 @@ class JobSettings(ServerSettings):
 
     job_store: str | None = Field(
         None,
-        description="Where asynchronous runs are kept: memory://, file:///folder or s3://bucket/prefix; "
+        description="Where runs, files and batches are kept: memory://, file:///folder or s3://bucket/prefix; "
         "default: a folder of this user. Replicas that share it answer for each other.",
     )
     job_ttl_seconds: float = Field(1800, gt=0, description="How long a finished run can be asked for.")
@@ -326,7 +326,7 @@ class BlipSettings(EngineSettings, JobSettings):
         return value
 
 
-class PipelineSettings(ServerSettings):
+class PipelineSettings(JobSettings):
     """The `pipeline` gateway: caption, then enhance."""
 
     model_name: str = Field("pipeline", description="Name in the KServe routes.")
@@ -405,6 +405,31 @@ class PipelineSettings(ServerSettings):
         None, description="Name of all that decides the answers; told in the header X-Pipeline-Revision."
     )
     max_concurrency: int = Field(32, gt=0, description="Chains that run at once; more wait.")
+
+    batch_backend: Literal["local", "kubernetes"] = Field(
+        "local",
+        description="Who does the batches of /v1/batches. local: this process and those that share job_store. "
+        "kubernetes: a VisionBatch is made of each.",
+    )
+    batch_pipeline: str | None = Field(
+        None, description="Name of the VisionPipeline that VisionBatches are made for; needed with kubernetes."
+    )
+    service_account_folder: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        description="Folder with the token, ca.crt and namespace that VisionBatches are made with.",
+    )
+    batch_width: int = Field(8, gt=0, description="Lines of batches that this process works on at once.")
+    max_upload_bytes: int = Field(200_000_000, gt=0, description="Bytes of one file of /v1/files.")
+    max_batch_lines: int = Field(50_000, gt=0, description="Requests in one file of /v1/files.")
+    file_ttl_seconds: float = Field(
+        30 * 86_400, gt=0, description="How long a file of /v1/files, and a batch with its output, can be asked for."
+    )
+
+    @model_validator(mode="after")
+    def _cluster_has_a_pipeline(self) -> Self:
+        if self.batch_backend == "kubernetes" and not self.batch_pipeline:
+            raise ValueError("batch_backend kubernetes needs batch_pipeline")
+        return self
 
     @field_validator("describe_url", "enhance_url")
     @classmethod

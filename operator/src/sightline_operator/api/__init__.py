@@ -5,7 +5,18 @@ from .definitions import crds, write_crds
 from .pipeline import BATCH_NAME_LENGTH, NAME_LENGTH, Pipeline, PipelineStatus
 from .reference import json_schemas, reference, write_reference
 from .schema import structural
-from .types import Condition, Generation, Object, Resources, S3Bucket, S3Location, SecretKeyRef, SecretRef, seconds
+from .types import (
+    Condition,
+    Generation,
+    Object,
+    Resources,
+    S3Bucket,
+    S3Location,
+    S3Store,
+    SecretKeyRef,
+    SecretRef,
+    seconds,
+)
 
 __all__ = [
     "BATCH_NAME_LENGTH",
@@ -22,6 +33,7 @@ __all__ = [
     "Resources",
     "S3Bucket",
     "S3Location",
+    "S3Store",
     "SecretKeyRef",
     "SecretRef",
     "crds",

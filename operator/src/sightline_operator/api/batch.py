@@ -22,6 +22,7 @@ from .types import (
     Resources,
     Rule,
     S3Location,
+    S3Store,
     Time,
     exactly_one,
     immutable,
@@ -58,25 +59,25 @@ class S3Prefix(S3Location):
     )
 
 
-class Manifest(Object):
-    """A file that lists the items."""
+class Manifest(S3Store):
+    """A file that lists the items. Where nothing is said of its store, that is the output's."""
 
     uri: str = Field(max_length=1024, pattern=r"^s3://[^/\s]+/[^\s]+$", description="The file, as `s3://bucket/key`.")
     format: Literal["JSONL", "CSV", "OpenAIBatch"] = Field(
         default="JSONL",
         description="JSONL: an object a line with `uri` and `custom_id`. CSV: the same as columns. OpenAIBatch: lines "
-        "as OpenAI's batch API takes them.",
+        "as OpenAI's batch API takes them. Images that it names lie in its store.",
     )
 
 
 class Upload(Object):
-    """A file that was uploaded to the gateway."""
+    """A file that was uploaded to the gateway, and lies in the pipeline's storage."""
 
     file_id: str = Field(max_length=128, pattern=r"^[-_A-Za-z0-9]+$", description="Its id, as the upload answered it.")
 
 
 class RetryOf(Object):
-    """Items of an earlier batch once more."""
+    """Items of an earlier batch once more, when that has ended."""
 
     batch_name: DnsLabel = Field(description="Name of the VisionBatch, in the namespace of this object.")
     only: Literal["Failed", "Unenhanced"] = Field(
@@ -103,10 +104,32 @@ class Input(Object):
 class Output(Object):
     """Where a batch writes, and what it does with that in the end."""
 
-    s3: S3Location = Field(description="Bucket and prefix; the plan, the parts and the results lie below it.")
+    rules = (
+        Rule(
+            "self.existing == 'Overwrite' || has(self.sidecars)",
+            "output.existing needs output.sidecars: it says what happens to files that are there",
+            ".existing",
+        ),
+    )
+    s3: S3Location | None = Field(
+        default=None,
+        description="Bucket and prefix; the plan, the parts and the results lie below it. Unset: `batches/` in the "
+        "storage of the pipeline. In the bucket of that storage progress is told by the item, elsewhere by the shard.",
+    )
     merge: Literal["Auto", "Never", "Always"] = Field(
         default="Auto",
         description="Whether the parts are joined into one results.jsonl and errors.jsonl. Auto: up to 100,000 items.",
+    )
+    parquet: bool = Field(default=False, description="true: results.parquet beside the JSONL.")
+    sidecars: S3Location | None = Field(
+        default=None,
+        description="Where a `.txt` with the caption is written for every image, under the image's own key; the bucket "
+        "and prefix of the input: beside the images. Unset: nowhere.",
+    )
+    existing: Literal["Skip", "Overwrite", "Append"] = Field(
+        default="Overwrite",
+        description="What becomes of an image that has such a file already. Skip: it is left out of the plan. "
+        "Overwrite: the file is written anew. Append: the caption is added to it.",
     )
     deletion_policy: Literal["Retain"] = Field(
         default="Retain",
@@ -127,6 +150,9 @@ class BatchOptions(Object):
     )
     generation: Generation = Field(
         default=Generation(), description="How tokens are chosen; unset: the pipeline's way."
+    )
+    reuse: bool = Field(
+        default=False, description="true: images with the same bytes are asked about once in this batch."
     )
 
 
@@ -160,7 +186,7 @@ class BatchWork(Object):
 
     rules = (_SIZES, _MIN_PARALLELISM, _NEEDS_QUEUE)
     input: Input = Field(description="Which images.")
-    output: Output = Field(description="Where results go.")
+    output: Output = Field(default=Output(), description="Where results go.")
     options: BatchOptions = Field(default=BatchOptions(), description="What is asked about every image.")
     parallelism: int = Field(
         default=4, ge=1, le=1000, description="Worker pods at once. They need no GPU: the pipeline does."
@@ -240,7 +266,9 @@ class Batch(BatchWork):
         description="VisionPipeline that does the work.", json_schema_extra=immutable("pipelineRef")
     )
     input: Input = Field(description="Which images. Immutable.", json_schema_extra=immutable("input"))
-    output: Output = Field(description="Where results go. Immutable.", json_schema_extra=immutable("output"))
+    output: Output = Field(
+        default=Output(), description="Where results go. Immutable.", json_schema_extra=immutable("output")
+    )
     options: BatchOptions = Field(
         default=BatchOptions(),
         description="What is asked about every image. Immutable.",
@@ -326,6 +354,14 @@ class Outputs(Object):
     )
 
 
+class Retried(Object):
+    """The batch that spec.input.retryOf names, as it was when planning began."""
+
+    output: S3Location = Field(description="Where its plan, parts and results lie.")
+    images: S3Location | None = Field(default=None, description="Where the images lie that it named.")
+    format: Literal["JSONL", "OpenAIBatch"] = Field(default="JSONL", description="What its items are.")
+
+
 class FailureCount(Object):
     """Items that failed in the same way."""
 
@@ -367,6 +403,10 @@ class BatchStatus(Object):
     )
     pipeline_revision: str | None = Field(
         default=None, max_length=64, description="Revision of the pipeline that the batch holds to."
+    )
+    output: S3Location | None = Field(default=None, description="Where it writes: what its keys begin with.")
+    retry_of: Retried | None = Field(
+        default=None, description="The batch that spec.input.retryOf names, as it was when planning began."
     )
     planned_time: Time = Field(default=None, description="When the plan was there.")
     start_time: Time = Field(default=None, description="When the first worker started.")

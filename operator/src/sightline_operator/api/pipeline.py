@@ -532,16 +532,34 @@ class Gateway(Object):
     auth: Auth = Field(description="Who may call it. That anybody may has to be said: `auth: {none: true}`.")
     limits: Limits = Field(default=Limits(), description="What is refused before it costs anything.")
     deadline: Deadline = Field(default=Deadline(), description="How long a request may take.")
+    batches: Literal["InProcess", "VisionBatches"] = Field(
+        default="InProcess",
+        description="Who does the batches of its route /v1/batches. InProcess: the gateway's own pods. VisionBatches: "
+        "a VisionBatch is made of each; that needs storage, and manifests/rbac/gateway-batches.yaml for the gateway's "
+        "service account.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="What the gateway logs."
     )
     pod_template_overrides: PodTemplateOverrides = None
 
 
-class Storage(Object):
-    """The object store that images named by s3:// come from."""
+class StorageBucket(S3Bucket):
+    """The bucket of a pipeline, and where in it the gateway keeps what is its own."""
 
-    s3: S3Bucket = Field(description="Bucket of a store that speaks S3; s3:// images of any other are refused.")
+    prefix: str = Field(
+        default="sightline/",
+        max_length=512,
+        pattern=r"^[^\s]*$",
+        description="What the key of everything begins with that the gateway writes: uploads, runs, results of "
+        "batches. Images are read from the whole bucket.",
+    )
+
+
+class Storage(Object):
+    """The object store that images named by s3:// come from, and that uploads and batches are kept in."""
+
+    s3: StorageBucket = Field(description="Bucket of a store that speaks S3; s3:// images of any other are refused.")
 
 
 # --- batches of a pipeline -------------------------------------------------------------------------------------------
@@ -655,6 +673,11 @@ class Pipeline(Object):
             "enhancePolicy.minRemaining must be shorter than enhance.timeout",
             ".enhancePolicy.minRemaining",
         ),
+        Rule(
+            "self.gateway.batches != 'VisionBatches' || has(self.storage)",
+            "gateway.batches VisionBatches needs storage: uploads and results are kept there",
+            ".gateway.batches",
+        ),
         _gpu_rule("caption"),
         _gpu_rule("enhance"),
     )
@@ -667,7 +690,9 @@ class Pipeline(Object):
     )
     gateway: Gateway = Field(description="What clients call.")
     storage: Storage | None = Field(
-        default=None, description="Object store that s3:// images come from; none: such images are refused."
+        default=None,
+        description="Object store that s3:// images come from, and that uploads, runs and batches are kept in; none: "
+        "such images are refused, and what is kept is one pod's and goes with it.",
     )
     batches: tuple[PipelineBatch, ...] = Field(
         default=(),

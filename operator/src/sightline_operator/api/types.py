@@ -199,17 +199,14 @@ class Generation(Object):
     )
 
 
-class S3Bucket(Object):
-    """A bucket in any store that speaks S3."""
+class S3Store(Object):
+    """Any store that speaks S3, and who may use it."""
 
     rules = (
         Rule(
             at_most_one("credentialsSecretRef", "serviceAccountName"),
             "s3: at most one of credentialsSecretRef and serviceAccountName may be set",
         ),
-    )
-    bucket: str = Field(
-        min_length=3, max_length=63, pattern=r"^[a-z0-9][-.a-z0-9]*[a-z0-9]$", description="Name of the bucket."
     )
     endpoint: str | None = Field(
         default=None,
@@ -235,6 +232,14 @@ class S3Bucket(Object):
     )
     service_account_name: DnsName | None = Field(
         default=None, description="Service account that the cloud's own identity gives rights to the bucket."
+    )
+
+
+class S3Bucket(S3Store):
+    """A bucket in any store that speaks S3."""
+
+    bucket: str = Field(
+        min_length=3, max_length=63, pattern=r"^[a-z0-9][-.a-z0-9]*[a-z0-9]$", description="Name of the bucket."
     )
 
 

@@ -16,7 +16,7 @@ from sightline_operator.decide.batch_stage import Hold, actions, hold, leftovers
 from sightline_operator.decide.batch_view import PARTS, BatchView
 from sightline_operator.decide.decision import Decision, Delete, Note
 from sightline_operator.observe.world import Manifest, World
-from sightline_operator.render import RenderError
+from sightline_operator.render import RenderError, batch_output
 from sightline_operator.settings import API_VERSION, RenderSettings
 from sightline_operator.status.conditions import Condition, find, merged
 from sightline_operator.status.times import moment, stamp
@@ -109,6 +109,8 @@ def _status(view: BatchView, stage: State, held: Hold | None, end: Ending | None
         "state": stage,
         "fingerprint": (view.plan.fingerprint if view.plan else "") or previous.get("fingerprint"),
         "pipelineRevision": view.held_revision or (view.revision if has_begun else None),
+        "output": previous.get("output") or (_output(view) if has_begun else None),
+        "retryOf": view.again if has_begun else previous.get("retryOf"),
         "plannedTime": previous.get("plannedTime") or (stamp(now) if view.plan else None),
         "startTime": previous.get("startTime") or (stamp(now) if run and (run.active or run.completed) else None),
         "completionTime": previous.get("completionTime") or (stamp(now) if end else None),
@@ -118,6 +120,11 @@ def _status(view: BatchView, stage: State, held: Hold | None, end: Ending | None
         "workload": view.workload["metadata"]["name"] if view.workload else previous.get("workload"),
     }
     return {name: value for name, value in fields.items() if value not in (None, "", {})}
+
+
+def _output(view: BatchView) -> dict[str, Any] | None:
+    """Kept from the beginning: a pipeline's storage may become another one while its batches run."""
+    return batch_output(view.cr, view.pipeline) if view.pipeline is not None else None
 
 
 def _job_names(view: BatchView) -> dict[str, str]:

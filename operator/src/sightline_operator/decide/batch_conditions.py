@@ -20,7 +20,12 @@ _NO_QUEUE = ("doesn't exist", "does not exist", "not found", "is inactive")
 
 def conditions(view: BatchView, stage: State, held: Hold | None, end: Ending | None) -> list[Condition]:
     """All of them, in the order of a batch's life. Complete and Failed are there only once they are true."""
-    found = [_planned(view, end), _admitted(view), _progressing(view, stage, held, end), _stalled(view, held, end)]
+    found = [
+        _planned(view, held, end),
+        _admitted(view),
+        _progressing(view, stage, held, end),
+        _stalled(view, held, end),
+    ]
     return [*found, Condition(end.type, "True", end.reason, end.message)] if end else found
 
 
@@ -34,11 +39,13 @@ def trouble(view: BatchView) -> Trouble | None:
     return None
 
 
-def _planned(view: BatchView, end: Ending | None) -> Condition:
+def _planned(view: BatchView, held: Hold | None, end: Ending | None) -> Condition:
     if view.plan is not None:
         return Condition("Planned", "True", "Planned", f"{view.plan.items} items in {view.plan.shards} shards")
     if end is not None and (plan := view.jobs.get("plan")) is not None and plan.is_failed:
         return Condition("Planned", "False", end.reason, end.message)
+    if held is not None and held.reason == "InputNotFound":
+        return Condition("Planned", "False", held.reason, held.message)
     if "plan" not in view.jobs:
         return Condition("Planned", "Unknown", "Listing", "the input has not been listed yet")
     found = trouble(view)

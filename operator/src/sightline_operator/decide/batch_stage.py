@@ -35,6 +35,8 @@ def hold(view: BatchView) -> Hold | None:
         return Hold("WaitingForPipeline", f"VisionPipeline {name} does not exist")
     if view.is_pipeline_suspended:
         return Hold("WaitingForPipeline", f"VisionPipeline {name} is suspended")
+    if view.spec.input.retry_of is not None and view.again is None:
+        return _no_earlier(view, view.spec.input.retry_of.batch_name)
     if view.is_pipeline_changed and not view.is_run_over:
         message = f"VisionPipeline {name} has revision {view.revision}; this batch holds to {view.held_revision}"
         return Hold("PipelineChanged", message)
@@ -44,6 +46,17 @@ def hold(view: BatchView) -> Hold | None:
         reason = "BackendUnavailable" if "run" in view.jobs else "WaitingForPipeline"
         return Hold(reason, f"VisionPipeline {name}: {said}", stops_workers=False)
     return None
+
+
+def _no_earlier(view: BatchView, name: str) -> Hold:
+    """Of a batch whose items are those of an earlier one, which is not there, still goes on, or never had a plan."""
+    earlier = view.world.others.get(("VisionBatch", name))
+    if earlier is None:
+        return Hold("InputNotFound", f"VisionBatch {name} does not exist", stops_workers=False)
+    status = earlier.get("status") or {}
+    if not status.get("completionTime"):
+        return Hold("WaitingForBatch", f"VisionBatch {name} has not ended yet", stops_workers=False)
+    return Hold("InputNotFound", f"VisionBatch {name} ended before it was planned", stops_workers=False)
 
 
 def state(view: BatchView, held: Hold | None) -> State:
@@ -87,10 +100,11 @@ def _is_serving(view: BatchView) -> bool:
 
 def _creations(view: BatchView, held: Hold | None, settings: RenderSettings) -> Iterator[Apply]:
     """What all Jobs need, kept as rendered, and the Job that is due and not there."""
-    if view.pipeline is None or (held is not None and not view.jobs):
+    is_unknown = view.spec.input.retry_of is not None and view.again is None
+    if view.pipeline is None or is_unknown or (held is not None and not view.jobs):
         return
     plan = view.plan.as_json() if view.plan else None
-    rendered = render_batch(view.cr, view.pipeline, plan, settings)
+    rendered = render_batch(view.cr, view.pipeline, plan, settings, view.again)
     yield from (Apply(child) for child in rendered.values() if child["kind"] != "Job")
     missing = _missing_part(view)
     if held is None and missing is not None and missing in rendered:

@@ -12,7 +12,7 @@ from sightline_operator.api.types import seconds
 from sightline_operator.contract import Exit, Plan, Progress
 from sightline_operator.decide.jobs import JobView
 from sightline_operator.observe.world import Manifest, World
-from sightline_operator.render import revision
+from sightline_operator.render import retried, revision
 from sightline_operator.render.names import child_name
 from sightline_operator.status.conditions import find, is_true
 from sightline_operator.status.times import moment
@@ -29,6 +29,7 @@ class BatchView:
 
     previous   the status as it is; the memory of what can't be seen any more
     pipeline   the VisionPipeline that it names; None when it isn't there, or is going
+    again      where the items of the batch that it retries lie; None when it retries none, or that can't be told yet
     plan       from whoever still knows it: the status, the gateway, the planner's last words, the run Job
     """
 
@@ -37,6 +38,7 @@ class BatchView:
     previous: Mapping[str, Any]
     world: World
     pipeline: Manifest | None
+    again: Mapping[str, Any] | None
     jobs: Mapping[Part, JobView]
     plan: Plan | None
     progress: Progress | None
@@ -54,6 +56,7 @@ class BatchView:
             previous=previous,
             world=world,
             pipeline=_pipeline(world, spec.pipeline_ref.name),
+            again=_again(spec, previous, world),
             jobs=jobs,
             plan=_plan(previous, world, jobs),
             progress=progress,
@@ -67,7 +70,7 @@ class BatchView:
     @property
     def is_ended(self) -> bool:
         """Terminal is terminal: whatever becomes of the Jobs, nothing starts again."""
-        return any(is_true(self.previous.get("conditions"), end) for end in ENDS)
+        return _has_ended(self.cr)
 
     @property
     def created(self) -> datetime:
@@ -134,6 +137,20 @@ def _jobs(cr: Manifest, world: World) -> dict[Part, JobView]:
 def _pipeline(world: World, name: str) -> Manifest | None:
     pipeline = world.others.get(("VisionPipeline", name))
     return pipeline if pipeline and not pipeline["metadata"].get("deletionTimestamp") else None
+
+
+def _again(spec: Batch, previous: Mapping[str, Any], world: World) -> Mapping[str, Any] | None:
+    """As it was when planning began: the earlier batch may be gone since, or be another one of its name."""
+    if spec.input.retry_of is None or previous.get("retryOf"):
+        return previous.get("retryOf")
+    earlier = world.others.get(("VisionBatch", spec.input.retry_of.batch_name))
+    if earlier is None or not _has_ended(earlier):
+        return None
+    return retried(earlier)
+
+
+def _has_ended(batch: Manifest) -> bool:
+    return any(is_true((batch.get("status") or {}).get("conditions"), end) for end in ENDS)
 
 
 def _plan(previous: Mapping[str, Any], world: World, jobs: Mapping[Part, JobView]) -> Plan | None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, cast
 
-from sightline_operator.api import Pipeline
+from sightline_operator.api import Batch, Pipeline
 from sightline_operator.render import v1
 from sightline_operator.render.errors import RenderError
 from sightline_operator.render.names import digest
+from sightline_operator.render.retry import retried
 from sightline_operator.render.v1.frame import HASH, RENDERED_BY, is_applied
+from sightline_operator.render.v1.stores import output_of
 from sightline_operator.settings import RenderSettings
 
 __all__ = [
@@ -21,10 +23,12 @@ __all__ = [
     "RENDER_VERSION",
     "Pinned",
     "RenderError",
+    "batch_output",
     "is_applied",
     "pinned",
     "render_batch",
     "render_pipeline",
+    "retried",
     "revision",
 ]
 
@@ -88,17 +92,31 @@ def render_pipeline(
 
 
 def render_batch(
-    cr: Mapping[str, Any], pipeline_cr: Mapping[str, Any], plan: Mapping[str, Any] | None, settings: RenderSettings
+    cr: Mapping[str, Any],
+    pipeline_cr: Mapping[str, Any],
+    plan: Mapping[str, Any] | None,
+    settings: RenderSettings,
+    again: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The children of a VisionBatch in the order to be applied: `configuration`, `policy`, `plan`, `run`, `finish`.
 
     plan   what the plan Job found, with at least `shards`; None: not known yet, so neither `run` nor `finish`.
            `run` is missing without shards, and both with dryRun.
-    The batch holds to the revision that its status has, if it has one.
+    again  of a batch with spec.input.retryOf: what `retried` says of the earlier one, unless the status has it
+    The batch holds to the revision and the place of its outputs that its status has, if it has them.
+    Raises RenderError when the spec cannot be what it asks for; pydantic's ValidationError when it is not one.
     """
     by = pinned(pipeline_cr, settings)
-    held = (cr.get("status") or {}).get("pipelineRevision") or revision(pipeline_cr)
-    return VERSIONS[by.version].render_batch(cr, pipeline_cr, plan, by.settings, held)
+    status = cast("Mapping[str, Any]", cr.get("status") or {})
+    held = status.get("pipelineRevision") or revision(pipeline_cr)
+    again = status.get("retryOf") or again
+    return VERSIONS[by.version].render_batch(cr, pipeline_cr, plan, by.settings, held, status.get("output"), again)
+
+
+def batch_output(cr: Mapping[str, Any], pipeline_cr: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a batch writes, as its status keeps it. Raises RenderError when neither it nor its pipeline says."""
+    spec, pipeline = Batch.model_validate(cr["spec"]), Pipeline.model_validate(pipeline_cr["spec"])
+    return output_of(spec, pipeline).model_dump(by_alias=True, exclude_none=True)
 
 
 _DECIDES = ("model", "quantization", "runtime", "args")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from sightline_operator.api import Batch, Pipeline
 from sightline_operator.api.types import Object
-from sightline_operator.render import OPTIONAL_KINDS, RenderError, render_batch, render_pipeline
+from sightline_operator.render import OPTIONAL_KINDS, RenderError, render_batch, render_pipeline, retried
 from sightline_operator.settings import API_VERSION, RenderSettings
 
 SPECS: Mapping[str, type[Object]] = {"VisionPipeline": Pipeline, "VisionBatch": Batch}
@@ -55,7 +56,7 @@ def render_documents(
     files      text by name
     namespace  of objects that name none
     plan       of the VisionBatches: what their plan Job found; without it only that Job is known
-    beside     files whose VisionPipelines are looked at for VisionBatches, and not rendered
+    beside     files whose objects are looked at for VisionBatches, and not rendered
     Raises InvalidInput.
     """
     documents = [document for name, text in files.items() for document in _documents(name, text)]
@@ -67,13 +68,11 @@ def render_documents(
     if not ours:
         raise InvalidInput(f"{', '.join(files)}: no VisionPipeline and no VisionBatch in there")
     others = [_placed(d, namespace) for name, text in (beside or {}).items() for d in _documents(name, text)]
-    pipelines = {
-        (d.body["metadata"].get("namespace"), d.name): d.body for d in [*others, *ours] if d.kind == "VisionPipeline"
-    }
+    known = {(d.kind, d.body["metadata"].get("namespace"), d.name): d.body for d in [*others, *ours]}
     answer: list[dict[str, Any]] = []
     for document in ours:
         try:
-            answer += _rendered(document, pipelines, settings, kinds, plan)
+            answer += _rendered(document, known, settings, kinds, plan)
         except RenderError as error:
             raise InvalidInput(f"{document.place}: {error}") from error
     return answer, notes
@@ -107,18 +106,21 @@ def as_yaml(manifests: Iterable[Mapping[str, Any]]) -> str:
 
 def _rendered(
     document: Document,
-    pipelines: Mapping[tuple[str | None, str], Mapping[str, Any]],
+    others: Mapping[tuple[str, str | None, str], Mapping[str, Any]],
     settings: RenderSettings,
     kinds: frozenset[str],
     plan: Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
     if document.kind == "VisionPipeline":
         return list(render_pipeline(document.body, settings, kinds))
-    wanted = str(document.body["spec"]["pipelineRef"]["name"])
-    pipeline = pipelines.get((document.body["metadata"].get("namespace"), wanted))
+    spec, namespace = document.body["spec"], document.body["metadata"].get("namespace")
+    wanted = str(spec["pipelineRef"]["name"])
+    pipeline = others.get(("VisionPipeline", namespace, wanted))
     if pipeline is None:
         raise RenderError("spec.pipelineRef.name", f"VisionPipeline {wanted} is in none of the files")
-    return list(render_batch(document.body, pipeline, plan, settings).values())
+    earlier = others.get(("VisionBatch", namespace, (spec["input"].get("retryOf") or {}).get("batchName", "")))
+    again = retried(earlier) if earlier else None
+    return list(render_batch(document.body, pipeline, plan, settings, again).values())
 
 
 def _documents(file: str, text: str) -> Iterator[Document]:
@@ -239,6 +241,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="of the cluster's KServe",
     )
     parser.add_argument(
+        "--worker-env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the workers of batches, such as HTTPS_PROXY=http://proxy:3128",
+    )
+    parser.add_argument(
         "--plan", metavar="FILE", help="JSON that a VisionBatch's plan Job left: its run and finish too"
     )
     parser.add_argument(
@@ -254,7 +263,22 @@ def _settings(options: argparse.Namespace) -> RenderSettings:
         if not sign or not image or name not in images:
             raise InvalidInput(f"--image {pair}: must be NAME=IMAGE with NAME one of {', '.join(images)}")
         images[name] = image
-    return RenderSettings(images=images, deployment_mode=options.deployment_mode)
+    try:
+        env = environment_of(options.worker_env)
+    except ValueError as error:
+        raise InvalidInput(f"--worker-env {error}") from error
+    return RenderSettings(images=images, deployment_mode=options.deployment_mode, worker_env=env)
+
+
+def environment_of(pairs: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE`, each. Raises ValueError, naming the one that is none."""
+    answer: dict[str, str] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{pair}: must be NAME=VALUE")
+        answer[name] = value
+    return answer
 
 
 def _read(name: str) -> str:

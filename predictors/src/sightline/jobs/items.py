@@ -86,6 +86,7 @@ class Fault:
     http_status  of the last answer, None when there was none
     first_at     of the first and
     last_at      of the last attempt, seconds since 1970
+    detail       what a server's own route says of it beside that, such as its stable code; JSON
     """
 
     step: StepName
@@ -95,10 +96,11 @@ class Fault:
     attempts: int = 1
     first_at: float = 0.0
     last_at: float = 0.0
+    detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> dict[str, Any]:
         message = self.message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
-        return {
+        said = {
             "step": self.step,
             "code": self.code,
             "message": message,
@@ -107,6 +109,7 @@ class Fault:
             "first_at": round(self.first_at, 3),
             "last_at": round(self.last_at, 3),
         }
+        return said | ({"detail": dict(self.detail)} if self.detail else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,26 @@ class Counts:
             size_bytes=line.size,
             prompt_tokens=line.prompt_tokens,
             completion_tokens=line.completion_tokens,
+        )
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], size: int = 0) -> "Counts":
+        """Of a line as it was read back: what is counted of a chunk that somebody else, or an earlier process, wrote.
+
+        size   bytes of the image, which no line tells; the plan may
+        Tokens are counted where the row has `usage` {prompt_tokens, completion_tokens}, of its own or in its response.
+        """
+        fault = row.get("error")
+        if fault:
+            key = (str(fault["step"]), str(fault["code"]))
+            return cls(failed=1, size_bytes=size, failures={key: (1, str(row["custom_id"]))})
+        usage = row.get("usage") or ((row.get("response") or {}).get("body") or {}).get("usage") or {}
+        return cls(
+            succeeded=1,
+            unenhanced=int(bool(row.get("enhance_error"))),
+            size_bytes=size,
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Below `<prefix>/<batch>/<fingerprint>/`:
     cache/<sha256>.json                    created once: a result by content, where reuse is on
     output/MANIFEST.json                   created once: the commit of the batch
     output/results.jsonl, errors.jsonl     the lines joined, where that was asked for
+    output/results.parquet                 all lines as a table, where that was asked for
 
 So who finishes what is decided by who creates a key, and any process may die between any two of them.
 """
@@ -22,6 +23,7 @@ PLAN = "plan/PLAN.json"
 MANIFEST = "output/MANIFEST.json"
 RESULTS = "output/results.jsonl"
 ERRORS = "output/errors.jsonl"
+PARQUET = "output/results.parquet"
 PARTS = "parts/"
 DONE = "done/"
 PROGRESS = "progress/"

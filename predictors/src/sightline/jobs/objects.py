@@ -1,25 +1,122 @@
-"""An object store as jobs use it: each object written once, and leases that say who works on a job until when.
+"""An object store as jobs use it: what is written once is created with If-None-Match.
 
-A lease is `<folder>/lease-<n>`, n-th holder, created with If-None-Match and written over by its one holder.
+What can be wrong with a store, whichever it is:
+
+    StoreFault
+    ├── Missing ............... there is no such object
+    ├── Changed ............... the object is another one than was asked for (If-Match)
+    ├── TooLarge .............. the object has more bytes than the caller takes
+    ├── BucketMissing ......... there is no such bucket, container or folder
+    ├── AccessDenied .......... no credentials, wrong ones, or without the right
+    ├── NoConditionalWrites ... the store writes over what must be written once; only `probe` says so
+    └── StoreUnavailable ...... away, overloaded or full; the same call may work later
+
+Their texts name the place and the fault in words of ours; the library's are in the cause, for the log.
 """
 
 import asyncio
 import contextlib
+import functools
 import os
+import random
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import obstore
 import orjson
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, MemoryStore, ObjectStore
 
-LEASE_SECONDS = 30.0
-MAX_HOLDERS = 5
-"""A job that outlived so many holders is what ends them; it must not end every server of the store in turn."""
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS = 64
+"""Calls to stores at once; the loop's own pool has as few as five threads on a small machine."""
+LISTED = 1000
+"""Keys of one page, as S3 gives them."""
+PART_BYTES = 8 * 1024 * 1024
+CREATE_ATTEMPTS = 8
+
+_ABSENT_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
+_REFUSED = (
+    "XAdminUserNotFound",  # versitygw: no such access key, with status 404
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "AccessDenied",
+    "ExpiredToken",
+    "InvalidToken",
+)
+
+
+class StoreFault(Exception):
+    """Base of what can be wrong with a store."""
+
+
+class Missing(StoreFault):
+    """There is no such object."""
+
+
+class Changed(StoreFault):
+    """The object is not the one that was asked for."""
+
+
+class TooLarge(StoreFault):
+    """An object has more bytes than the caller takes."""
+
+
+class BucketMissing(StoreFault):
+    """There is no such bucket, container or folder."""
+
+
+class AccessDenied(StoreFault):
+    """No credentials, wrong ones, or without the right."""
+
+
+class NoConditionalWrites(StoreFault):
+    """The store cannot write an object once only."""
+
+
+class StoreUnavailable(StoreFault):
+    """The store is away, overloaded or full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a listing. `etag` is as the store says it, quotes included; None where it has none."""
+
+    key: str
+    size: int
+    etag: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An object's bytes, and its ETag where the store has one."""
+
+    data: bytes
+    etag: str | None
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="store")
+
+
+async def in_thread(call: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> T:
+    """Run what blocks on a store in a thread of its own."""
+    return await asyncio.get_running_loop().run_in_executor(_pool(), functools.partial(call, *args, **options))
 
 
 class Objects:
@@ -27,22 +124,39 @@ class Objects:
 
     Not obstore's own coroutines: those abort the interpreter (exit code 134) when it ends just after one of them has
     (pyo3 takes the GIL of a finalising interpreter; obstore 0.12.1).
+
+    root   what every key begins with, unseen by the caller; for stores that have no prefix of their own
+    where  the place in words, for messages: `s3://bucket/prefix`
+
+    Every call may raise AccessDenied, BucketMissing or StoreUnavailable.
     """
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, *, root: str = "", where: str = "the store") -> None:
         self._store = store
+        self._root = root
+        self.where = where
+
+    def below(self, folder: str) -> "Objects":
+        """The same store, rooted at a folder of it, which ends with `/`."""
+        return Objects(self._store, root=self._root + folder, where=f"{self.where.rstrip('/')}/{folder}")
 
     async def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless it exists. Returns whether it was written."""
-        try:
-            await asyncio.to_thread(obstore.put, self._store, key, data, mode="create")
-        except AlreadyExistsError:
-            return False
-        return True
+        """Write an object unless it exists. Returns whether what is there now is this.
+
+        The store's word alone would not do. Its 409 to two writers at once, which obstore reports like 412, says not
+        who won; and a 412 may be for our own first attempt, whose answer was lost. So what is there is read.
+        """
+        for attempt in range(CREATE_ATTEMPTS):
+            if await self._create_once(key, data):
+                return True
+            if (there := await self.read_bytes(key)) is not None:
+                return there == data
+            await asyncio.sleep(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311 - spreads writers, hides nothing
+        raise StoreUnavailable(f"{self.where}: {key} could neither be written nor read")
 
     async def write(self, key: str, data: bytes) -> None:
         """Write an object, over an older one if need be."""
-        await asyncio.to_thread(obstore.put, self._store, key, data)
+        await self._call(key, lambda path: obstore.put(self._store, path, data))
 
     async def read(self, key: str) -> dict[str, Any] | None:
         """A JSON object; None when there is none."""
@@ -52,107 +166,176 @@ class Objects:
     async def read_bytes(self, key: str) -> bytes | None:
         """The bytes of an object; None when there is none."""
         try:
-            return await asyncio.to_thread(lambda: bytes(obstore.get(self._store, key).bytes()))
-        except FileNotFoundError:
+            return (await self.fetch(key)).data
+        except Missing:
             return None
+
+    async def fetch(self, key: str, etag: str | None = None, *, max_bytes: int | None = None) -> Found:
+        """An object, whole. Raises Missing, Changed (it no longer has that ETag) and TooLarge, having read nothing."""
+
+        def get(path: str) -> Found:
+            result = obstore.get(self._store, path, options={"if_match": etag} if etag else None)
+            if max_bytes is not None and result.meta["size"] > max_bytes:
+                raise TooLarge(f"{self.where}: {key} has {result.meta['size']} bytes, more than {max_bytes}")
+            return Found(bytes(result.bytes()), result.meta["e_tag"])
+
+        return await self._call(key, get)
+
+    async def stat(self, key: str) -> Entry:
+        """Size and ETag of an object. Raises Missing."""
+        try:
+            meta = await self._call(key, lambda path: obstore.head(self._store, path))
+        except Missing:
+            # An answer to HEAD has no body. Whether object, bucket or right are missing, GET says.
+            with contextlib.suppress(TooLarge):
+                await self.fetch(key, max_bytes=0)
+            meta = await self._call(key, lambda path: obstore.head(self._store, path))  # it has come just now
+        return Entry(key, meta["size"], meta["e_tag"])
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            await self.stat(key)
+        except Missing:
+            return False
+        return True
+
+    async def stream(self, key: str, *, part_bytes: int = PART_BYTES) -> AsyncGenerator[bytes]:
+        """An object in pieces, however large; each piece is a request of its own. Raises Missing and Changed."""
+        entry = await self.stat(key)
+
+        def get(path: str, start: int) -> bytes:
+            options: dict[str, Any] = {"range": (start, min(start + part_bytes, entry.size))}
+            if entry.etag:
+                options["if_match"] = entry.etag
+            return bytes(obstore.get(self._store, path, options=cast("Any", options)).bytes())
+
+        for start in range(0, entry.size, part_bytes):
+            yield await self._call(key, functools.partial(get, start=start))
+
+    async def upload(self, key: str, pieces: AsyncIterator[bytes], *, part_bytes: int = PART_BYTES) -> int:
+        """Write an object piece by piece, over an older one if need be; nobody sees it before its end.
+
+        Holds two parts in memory. Returns its bytes. When it fails, a multipart upload may be left to the bucket's
+        lifecycle rule.
+        """
+        size = 0
+        writer = await self._call(
+            key,
+            lambda path: obstore.open_writer(self._store, path, buffer_size=part_bytes, max_concurrency=1),
+        )
+        async for piece in pieces:
+            size += len(piece)
+            await self._call(key, lambda _, piece=piece: writer.write(piece))
+        await self._call(key, lambda _: writer.close())
+        return size
+
+    async def entries(self, prefix: str, after: str | None = None) -> AsyncGenerator[Entry]:
+        """Every object below a prefix that ends with `/` (or is empty), a page in memory at a time.
+
+        after  only keys behind this one; ordered by key on S3, GCS, Azure and in memory, not in a local folder
+        """
+        offset = None if after is None else self._root + after
+        pages = await self._call(
+            prefix, lambda path: iter(obstore.list(self._store, path or None, offset=offset, chunk_size=LISTED))
+        )
+        while page := await self._call(prefix, lambda _: next(pages, None)):
+            for meta in page:
+                yield Entry(str(meta["path"])[len(self._root) :], meta["size"], meta["e_tag"] or None)
 
     async def keys(self, prefix: str) -> list[str]:
         """The keys below a prefix that ends with `/`."""
 
-        def paths() -> list[str]:
-            return [str(meta["path"]) for page in obstore.list(self._store, prefix) for meta in page]
+        def paths(path: str) -> list[str]:
+            pages = obstore.list(self._store, path, chunk_size=LISTED)
+            return [str(meta["path"])[len(self._root) :] for page in pages for meta in page]
 
-        return await asyncio.to_thread(paths)
+        return await self._call(prefix, paths)
 
     async def folders(self, prefix: str) -> list[str]:
         """The names one level below a prefix that ends with `/`."""
 
-        def names() -> list[str]:
-            found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+        def names(path: str) -> list[str]:
+            found = obstore.list_with_delimiter(self._store, path)["common_prefixes"]
             return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in found]
 
-        return await asyncio.to_thread(names)
+        return await self._call(prefix, names)
 
     async def newest(self, prefix: str) -> float:
         """When the youngest object below a prefix was written, seconds since 1970; 0 when there is none."""
 
-        def latest() -> float:
-            pages = obstore.list(self._store, prefix)
+        def latest(path: str) -> float:
+            pages = obstore.list(self._store, path, chunk_size=LISTED)
             return max((meta["last_modified"].timestamp() for page in pages for meta in page), default=0.0)
 
-        return await asyncio.to_thread(latest)
+        return await self._call(prefix, latest)
+
+    async def remove(self, key: str) -> None:
+        """Delete one object, if it is there."""
+        with contextlib.suppress(Missing):
+            await self._call(key, lambda path: obstore.delete(self._store, path))
 
     async def delete(self, prefix: str, *, first: str | None = None) -> None:
         """Delete everything below a prefix; before all else the key without which it is gone for everybody."""
         paths = await self.keys(prefix)
         paths.sort(key=lambda path: path != first)
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):
-                await asyncio.to_thread(obstore.delete, self._store, path)
+            await self.remove(path)
 
+    async def probe(self) -> None:
+        """Make sure that the store can be written, and writes an object once when it is asked to.
 
-class TooManyHolders(Exception):
-    """A job has ended everybody who worked on it."""
-
-
-class Leases:
-    """Who works on a job, for the jobs of one server. `clock` is in seconds, the same for all servers of the store."""
-
-    def __init__(self, objects: Objects, clock: Callable[[], float]) -> None:
-        self._objects = objects
-        self._clock = clock
-        self._holder = uuid.uuid4().hex
-
-    async def exists(self, folder: str) -> bool:
-        """Whether somebody has ever worked on the job."""
-        return await self._newest(folder) is not None
-
-    async def take(self, folder: str) -> str | None:
-        """Become the holder of a job: the lease's key, or None when somebody else holds it. Raises TooManyHolders."""
-        newest = await self._newest(folder)
-        if newest is not None and newest[1] > self._clock():
-            return None
-        number = newest[0] + 1 if newest is not None else 0
-        if number >= MAX_HOLDERS:
-            raise TooManyHolders
-        key = f"{folder}/lease-{number}"
-        return key if await self._objects.create(key, self._body()) else None
-
-    @contextlib.asynccontextmanager
-    async def held(self, key: str) -> AsyncGenerator[None]:
-        """Renew a lease while something is done; when that is cancelled, release it, so that nobody need wait."""
-        renewing = asyncio.create_task(self._renew(key))
+        Creates an object of its own twice; the second must be refused. Raises NoConditionalWrites.
+        """
+        key = f".sightline-probe/{uuid.uuid4().hex}"
         try:
-            yield
-        except asyncio.CancelledError:
-            renewing.cancel()
-            released = orjson.dumps({"holder": self._holder, "expires": 0})
-            with contextlib.suppress(Exception):
-                await self._objects.write(key, released)
-            raise
+            await self._create_once(key, b"first")
+            is_overwritten = await self._create_once(key, b"second")
         finally:
-            renewing.cancel()
+            with contextlib.suppress(Exception):  # a right to delete is not needed otherwise
+                await self.remove(key)
+        if is_overwritten:
+            raise NoConditionalWrites(f"{self.where} ignores If-None-Match and would write over results")
 
-    async def _renew(self, key: str) -> None:
-        while True:
-            await asyncio.sleep(LEASE_SECONDS / 3)
-            with contextlib.suppress(Exception):  # a missed renewal costs a repetition, not a result
-                await self._objects.write(key, self._body())
+    async def _create_once(self, key: str, data: bytes) -> bool:
+        """Whether it was written. False: the store says that it was there, or is being written by somebody else."""
 
-    async def _newest(self, folder: str) -> tuple[int, float] | None:
-        """Number and end of the newest lease."""
-        number = -1
-        for path in await self._objects.keys(f"{folder}/"):
-            key = path.rsplit("/", 1)[1]
-            if key.startswith("lease-"):
-                number = max(number, int(key.removeprefix("lease-")))
-        if number < 0:
-            return None
-        body = await self._objects.read(f"{folder}/lease-{number}")
-        return None if body is None else (number, float(body["expires"]))
+        def put(path: str) -> bool:
+            try:
+                obstore.put(self._store, path, data, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
 
-    def _body(self) -> bytes:
-        return orjson.dumps({"holder": self._holder, "expires": self._clock() + LEASE_SECONDS})
+        return await self._call(key, put)
+
+    async def _call(self, key: str, call: Callable[[str], T]) -> T:
+        """Call the store with the whole key in a thread; its faults become ours."""
+        try:
+            return await in_thread(call, self._root + key)
+        except (BaseError, FileNotFoundError, PermissionError) as error:
+            raise fault_of(error, self.where, key) from error
+
+
+def fault_of(error: Exception, where: str, key: str) -> StoreFault:
+    """What an error of obstore means. Its text is read only where its class says too little."""
+    text = str(error)
+    place = f"{where.rstrip('/')}/{key}" if key else where
+    if _holds(text, _ABSENT_BUCKET):
+        return BucketMissing(f"{where}: there is no such bucket")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or _holds(text, _REFUSED):
+        return AccessDenied(f"{where}: access denied")
+    if isinstance(error, NotSupportedError):
+        return NoConditionalWrites(f"{where} has no conditional writes")
+    if isinstance(error, FileNotFoundError):
+        return Missing(f"{place}: there is no such object")
+    if isinstance(error, PreconditionError):
+        return Changed(f"{place}: the object has changed")
+    return StoreUnavailable(f"{where}: the store does not answer as it should")
+
+
+def _holds(text: str, marks: Iterable[str]) -> bool:
+    return any(mark in text for mark in marks)
 
 
 def open_store(url: str | None, name: str, *, endpoint_url: str | None, region: str | None) -> ObjectStore:
@@ -176,7 +359,9 @@ def open_store(url: str | None, name: str, *, endpoint_url: str | None, region: 
             raise ValueError("job_store names no bucket")
         options: dict[str, Any] = {"credential_provider": Boto3CredentialProvider()}
         if endpoint_url:
-            options |= {"endpoint": endpoint_url, "virtual_hosted_style_request": False}
+            # Both, as obstore prefers AWS_ENDPOINT_URL_S3 of the environment to an `endpoint` that it is told.
+            options |= {"endpoint": endpoint_url, "aws_endpoint_url_s3": endpoint_url}
+            options["virtual_hosted_style_request"] = False
             options["client_options"] = {"allow_http": endpoint_url.startswith("http://")}
         return S3Store(
             bucket,

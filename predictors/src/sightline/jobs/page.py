@@ -61,6 +61,8 @@ class Input:
     manifest     the file at `location.url`, JSONL, CSV or OpenAIBatch
     upload       a file that was uploaded to the gateway: `location` is its key; read as OpenAIBatch or JSONL
     retry_of     `only` those items of an earlier batch, whose root (`<prefix>/<uid>/<fingerprint>/`) is `location`
+
+    images       the store of the images that a retry_of names; None: that of `location`
     """
 
     kind: Literal["prefix", "manifest", "upload", "retry_of"]
@@ -69,6 +71,7 @@ class Input:
     max_items: int = 1_000_000
     format: Literal["JSONL", "CSV", "OpenAIBatch"] = "JSONL"
     only: Literal["Failed", "Unenhanced"] = "Failed"
+    images: Location | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +149,12 @@ def read_page(text: str | bytes) -> Page:
 def _page(said: Mapping[str, Any]) -> Page:
     batch, pipeline, credentials = said["batch"], said["pipeline"], said.get("credentials") or {}
     limit = said.get("maxFailedItems") or {}
-    output = said["output"]
     return Page(
         name=batch["name"],
         uid=batch["uid"],
         fingerprint=said["fingerprint"],
         input=_input(said["input"], credentials),
-        outputs=Outputs(location=_s3(output["s3"], credentials.get("output")), merge=output.get("merge", "Auto")),
+        outputs=_outputs(said["output"], credentials),
         target=Target(
             url=pipeline["url"],
             kind="openai" if _is_openai(said["input"]) else "gateway",
@@ -172,25 +174,44 @@ def _page(said: Mapping[str, Any]) -> Page:
 
 
 def _is_openai(said: Mapping[str, Any]) -> bool:
-    return "upload" in said or (said.get("manifest") or {}).get("format") == "OpenAIBatch"
+    listed = said.get("manifest") or said.get("retryOf") or {}
+    return "upload" in said or listed.get("format") == "OpenAIBatch"
 
 
 def _input(said: Mapping[str, Any], credentials: Mapping[str, str]) -> Input:
-    mounted = credentials.get("input") or credentials.get("output")
+    mounted = credentials.get("input")
     if (s3 := said.get("s3Prefix")) is not None:
         return Input(
             "prefix",
-            _s3(s3, credentials.get("input")),
+            _s3(s3, mounted),
             suffixes=tuple(s3.get("suffixes", (".jpg", ".jpeg", ".png", ".webp"))),
             max_items=int(s3.get("maxItems", 1_000_000)),
         )
     if (manifest := said.get("manifest")) is not None:
-        place = Location(manifest["uri"], credentials=Path(mounted) if mounted else None)
-        return Input("manifest", place, format=manifest.get("format", "JSONL"))
+        return Input("manifest", _place(manifest["uri"], manifest, mounted), format=manifest.get("format", "JSONL"))
     if (upload := said.get("upload")) is not None:
         return Input("upload", _s3(upload["s3"], mounted), format="OpenAIBatch")
     retry = said["retryOf"]
-    return Input("retry_of", _s3(retry["s3"], mounted), only=retry.get("only", "Failed"))
+    images = _s3(retry["images"], credentials.get("images")) if retry.get("images") else None
+    return Input("retry_of", _s3(retry["s3"], mounted), only=retry.get("only", "Failed"), images=images)
+
+
+def _outputs(said: Mapping[str, Any], credentials: Mapping[str, str]) -> Outputs:
+    sidecars = said.get("sidecars")
+    return Outputs(
+        location=_s3(said["s3"], credentials.get("output")),
+        merge=said.get("merge", "Auto"),
+        sidecars=_s3(sidecars, credentials.get("sidecars")) if sidecars else None,
+        parquet=bool(said.get("parquet", False)),
+        existing=_EXISTING[said.get("existing", "Overwrite")],
+    )
+
+
+_EXISTING: Mapping[str, Literal["skip", "overwrite", "append"]] = {
+    "Skip": "skip",
+    "Overwrite": "overwrite",
+    "Append": "append",
+}
 
 
 def _options(said: Mapping[str, Any]) -> Options:
@@ -203,8 +224,12 @@ def _options(said: Mapping[str, Any]) -> Options:
 
 
 def _s3(said: Mapping[str, Any], credentials: str | None) -> Location:
+    return _place(f"s3://{said['bucket']}/{said.get('prefix', '')}", said, credentials)
+
+
+def _place(url: str, said: Mapping[str, Any], credentials: str | None) -> Location:
     return Location(
-        f"s3://{said['bucket']}/{said.get('prefix', '')}",
+        url,
         endpoint=said.get("endpoint"),
         region=said.get("region"),
         path_style=bool(said.get("pathStyle", False)),

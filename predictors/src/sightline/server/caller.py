@@ -3,9 +3,9 @@
 import re
 import uuid
 from collections.abc import Mapping
+from typing import Protocol
 
 from sightline.errors import BadRequest, InvalidApiKey, InvalidParameter
-from sightline.server.keys import Keys
 from sightline.wire import REQUEST_ID_HEADER, TIMEOUT_HEADER, Context, Deadline
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -13,6 +13,12 @@ _TRACEPARENT = re.compile(
     r"(?!ff)(?P<version>[0-9a-f]{2})-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?P<more>-.{1,200})?"
 )
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
+
+
+class Principals(Protocol):
+    """What tells whose a key is: `Keys`."""
+
+    def principal(self, presented: str | None) -> str | None: ...
 
 
 def request_id(headers: Mapping[str, str]) -> str:
@@ -24,7 +30,7 @@ def request_id(headers: Mapping[str, str]) -> str:
 def context_of(
     headers: Mapping[str, str],
     request_id: str,
-    keys: Keys,
+    keys: Principals,
     longest_seconds: float,
     *,
     is_open: bool,

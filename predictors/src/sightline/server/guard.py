@@ -27,11 +27,14 @@ from sightline.wire import REQUEST_ID_HEADER, REVISION_HEADER, Context
 
 log = logging.getLogger("sightline.access")
 
-# Probes cannot send keys. Everything else needs one, documentation and metrics too (contract B9).
-_OPEN = re.compile(r"/health|/v2/health/(live|ready)|/v2/models/[^/]+/ready")
+# Probes and the operator cannot send keys. Everything else needs one, documentation and metrics too (contract B9).
+_OPEN = re.compile(r"/health|/v2/health/(live|ready)|/v2/models/[^/]+/ready|/internal/batches/[^/]+/progress")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MAX_LENGTH_DIGITS = 18
-_QUIET = re.compile(r"/metrics|/health|.*/(live|ready)")
+_QUIET = re.compile(r"/metrics|/health|.*/(live|ready)|/internal/batches/[^/]+/progress")
+
+PRINCIPAL = "sightline.principal"
+"""Key of the scope of a request that this process makes to itself: for whom. No network can say it."""
 
 
 def is_open(path: str) -> bool:
@@ -40,12 +43,18 @@ def is_open(path: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application.
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, keys: Keys) -> None:
+    limits   bytes of a request to paths that take more, or less, than `max_request_bytes`
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, keys: Keys, limits: Mapping[str, int] | None = None
+    ) -> None:
         self._app = app
         self._settings = settings
         self._keys = keys
+        self._limits = limits or {}
         revision = settings.pipeline_revision if isinstance(settings, PipelineSettings) else None
         self._always = {REVISION_HEADER: revision} if revision else {}
 
@@ -60,10 +69,11 @@ class Guard:
         headers = Headers(scope=scope)
         request_id = caller_id(headers)
         response = _Response(send, {REQUEST_ID_HEADER: request_id, **self._always})
-        body = _Body(receive, self._settings.max_request_bytes)
+        limit = self._limits.get(scope["path"], self._settings.max_request_bytes)
+        body = _Body(receive, limit)
         try:
             scope.setdefault("state", {})["context"] = self._context(scope, headers, request_id)
-            _check_length(headers, self._settings.max_request_bytes)
+            _check_length(headers, limit)
             await _until_gone(self._app, scope, body, response)
         except Exception as error:
             await self._answer(scope, error, response, request_id)
@@ -76,7 +86,7 @@ class Guard:
         return context_of(
             given,
             request_id,
-            self._keys,
+            _Inside(scope[PRINCIPAL]) if PRINCIPAL in scope else self._keys,
             told.deadline_seconds,
             is_open=is_open(scope["path"]),
             usual_seconds=told.usual_seconds,
@@ -99,6 +109,16 @@ class Guard:
             raise error
         path = scope["path"]
         await response.send_json(error_status(path, known), error_body(path, known, request_id), error_headers(known))
+
+
+class _Inside:
+    """The keys of a request of this process to itself."""
+
+    def __init__(self, principal: str) -> None:
+        self._principal = principal
+
+    def principal(self, presented: str | None) -> str:
+        return self._principal
 
 
 class _Response:

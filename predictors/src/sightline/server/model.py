@@ -223,6 +223,7 @@ class PipelineModel(PredictorModel):
     settings_type = PipelineSettings
 
     def __init__(self, settings: PipelineSettings, **steps: Any) -> None:  # noqa: ANN401 - steps of this process
+        self.settings = settings
         service = PipelineService(settings, **steps)
         super().__init__(service, settings)
         for step, breaker in service.breakers.items():

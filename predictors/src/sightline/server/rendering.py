@@ -21,6 +21,7 @@ from sightline.errors import (
     SightlineError,
     Unavailable,
 )
+from sightline.jobs.objects import StoreFault
 
 _KSERVE_ROUTES = re.compile(r"/v2(/|$)|/v1/models/[^/]+:")
 _OPENAI_ROUTES = re.compile(r"(/openai)?/v1(/|$)")
@@ -86,6 +87,8 @@ def translate(error: Exception) -> SightlineError | None:
         return Unavailable("The model is still loading.", code="model_not_ready", retry_after=5)
     if isinstance(error, kserve_errors.InvalidInput):
         return BadRequest("The request cannot be read.")
+    if isinstance(error, StoreFault):
+        return Unavailable("The object store does not answer as it should.", code="store_unavailable", retry_after=5)
     if isinstance(error, NotImplementedError | kserve_errors.UnsupportedProtocol):
         return NotSupported("This operation is not supported.")
     return None

@@ -25,14 +25,16 @@ from sightline.configuration import Configured, configure, local_steps
 from sightline.errors import InvalidParameter
 from sightline.reload import serve_reloading
 from sightline.server.allocator import return_memory
+from sightline.server.batches import GatewayBatches
 from sightline.server.docs import add_docs
 from sightline.server.grpc import GrpcServer
 from sightline.server.guard import Guard
 from sightline.server.keys import Keys
 from sightline.server.local import LocalStep
-from sightline.server.model import MODELS, PredictorModel
+from sightline.server.model import MODELS, PipelineModel, PredictorModel
 from sightline.server.native import NativeRoutes
 from sightline.server.openai import OpenAI
+from sightline.server.openai_batches import upload_limits
 from sightline.server.protocols import Protocols
 from sightline.server.rendering import error_body, error_headers, error_status, translate
 from sightline.services.base import context_of
@@ -74,7 +76,11 @@ def build_app(models: Mapping[str, PredictorModel], settings: ServerSettings) ->
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         if grpc is not None:
             await grpc.start()
+        if batches is not None:
+            batches.start()
         yield
+        if batches is not None:
+            await batches.close()
         if grpc is not None:
             await grpc.stop()
         await _shut_down(list(models.values()))
@@ -88,13 +94,17 @@ def build_app(models: Mapping[str, PredictorModel], settings: ServerSettings) ->
         docs_url=None,
         redoc_url=None,
     )
+    gateway = next((item.settings for item in models.values() if isinstance(item, PipelineModel)), None)
+    batches = None if gateway is None else GatewayBatches(gateway, [model.name for model in models.values()], app)
     NativeRoutes(models).include_in(app)
     app.include_router(OpenAI(list(models.values()), settings.max_request_bytes).router())
+    if batches is not None:
+        app.include_router(batches.router())
     app.include_router(Protocols(list(models.values()), settings.max_request_bytes).router())
     add_docs(app, asks_for_keys=not keys.is_off)
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
-    app.add_middleware(Guard, settings=settings, keys=keys)
+    app.add_middleware(Guard, settings=settings, keys=keys, limits=upload_limits(gateway) if gateway else None)
     app.state.grpc = grpc
     return app
 

@@ -88,7 +88,7 @@ async def _read_form(request: Request, settings: ServerSettings, several: Collec
                     else:
                         fields[name] = value
     except (MultiPartException, HTTPException, ValueError) as error:  # ValueError: a charset that is none
-        raise _form_fault(error) from error
+        raise form_fault(error) from error
     return Body(numbers_of_form(fields) | texts, uploads, files)
 
 
@@ -96,8 +96,8 @@ def _too_many_parts() -> PayloadTooLarge:
     return PayloadTooLarge("The form has too many parts.", code="too_many_parts")
 
 
-def _form_fault(error: HTTPException | MultiPartException | ValueError) -> SightlineError:
-    """Starlette says by its sentence alone what is wrong with a form; the sentence stays with us."""
+def form_fault(error: HTTPException | MultiPartException | ValueError) -> SightlineError:
+    """The error for a form that cannot be read. Starlette tells why by its sentence alone, which stays with us."""
     text = str(getattr(error, "detail", "") or getattr(error, "message", ""))
     if text.startswith("Too many"):
         return _too_many_parts()

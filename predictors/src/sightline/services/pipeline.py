@@ -47,6 +47,7 @@ from sightline.services.base import (
     spread,
     together,
 )
+from sightline.services.batch_progress import add_progress
 from sightline.services.bodies import json_response, read_body
 from sightline.services.events import event, streaming, wants_events
 from sightline.services.pipeline_openapi import CAPTION_CONTENT, EVENTS, FAULTS, CaptionAnswer, HealthAnswer
@@ -334,7 +335,7 @@ class PipelineService:
     # --- native ----------------------------------------------------------------------------------------------------
 
     def router(self, run: Run) -> APIRouter:
-        """`POST /caption` in three content types, `GET /health`, and the page at `/`."""
+        """`POST /caption` in three content types, `GET /health`, the progress of batches, and the page at `/`."""
         router = APIRouter()
 
         @router.post(
@@ -365,6 +366,7 @@ class PipelineService:
         async def health() -> Json:  # pyright: ignore[reportUnusedFunction]
             return await self._health.now()
 
+        add_progress(router, self._settings)
         web.add_page(router)
         return router
 

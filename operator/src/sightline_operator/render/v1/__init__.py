@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sightline_operator.api import Batch, Pipeline, seconds
+from sightline_operator.api import Batch, Pipeline, S3Location, seconds
+from sightline_operator.api.batch import Retried
 from sightline_operator.render.v1 import batch, gateway, models, network
 from sightline_operator.render.v1.frame import Frame, Manifest, frame_of, sealed
 from sightline_operator.render.v1.steps import Place, places
@@ -47,19 +48,27 @@ def render_batch(
     plan: Mapping[str, Any] | None,
     settings: RenderSettings,
     revision: str,
+    output: Mapping[str, Any] | None,
+    retried: Mapping[str, Any] | None,
 ) -> dict[str, Manifest]:
     """See `sightline_operator.render`."""
     spec, pipeline = Batch.model_validate(cr["spec"]), Pipeline.model_validate(pipeline_cr["spec"])
+    work = batch.Work.of(
+        spec,
+        pipeline,
+        S3Location.model_validate(output) if output else None,
+        Retried.model_validate(retried) if retried else None,
+    )
     frame = frame_of(cr, settings, str(pipeline_cr["metadata"]["name"]))
     mark = str((plan or {}).get("fingerprint") or batch.fingerprint(spec, revision))
-    children = {"configuration": batch.configuration(frame, spec, pipeline, revision, mark)}
+    children = {"configuration": batch.configuration(frame, work, revision, mark)}
     if pipeline.network_policy == "Managed":
-        children["policy"] = batch.policy(frame, spec)
-    children["plan"] = batch.single(frame, spec, pipeline, "plan")
+        children["policy"] = batch.policy(frame, work)
+    children["plan"] = batch.single(frame, work, "plan")
     if plan is not None and not spec.dry_run:
         if (shards := int(plan["shards"])) > 0:
-            children["run"] = batch.run(frame, spec, pipeline, shards=shards, mark=mark)
-        children["finish"] = batch.single(frame, spec, pipeline, "finish")
+            children["run"] = batch.run(frame, work, shards=shards, mark=mark)
+        children["finish"] = batch.single(frame, work, "finish")
     return {name: sealed(child) for name, child in children.items()}
 
 

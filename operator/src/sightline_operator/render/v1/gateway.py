@@ -58,7 +58,7 @@ def configuration(frame: Frame, spec: Pipeline, steps: Sequence[Place], revision
         "GRACE_SECONDS": math.ceil(longest),
         "PIPELINE_REVISION": revision,
         **_policy(spec),
-        **_store(spec),
+        **_store(frame, spec),
     }
     for place in steps:
         said |= _step(place)
@@ -83,11 +83,15 @@ def _policy(spec: Pipeline) -> dict[str, object | None]:
     }
 
 
-def _store(spec: Pipeline) -> dict[str, object | None]:
+def _store(frame: Frame, spec: Pipeline) -> dict[str, object | None]:
+    """Where images come from, and where uploads, runs and batches are kept. Without a bucket they go with the pod."""
+    makes_objects = spec.gateway.batches == "VisionBatches"
+    batches: dict[str, object | None] = {"BATCH_BACKEND": "kubernetes", "BATCH_PIPELINE": frame.name}
     s3 = spec.storage.s3 if spec.storage else None
     if s3 is None:
-        return {"S3_BUCKETS": "none"}
-    return {
+        return {"S3_BUCKETS": "none", "JOB_STORE": f"file://{STATE[1]}/jobs"}
+    return (batches if makes_objects else {}) | {
+        "JOB_STORE": f"s3://{s3.bucket}/{s3.prefix.strip('/')}".rstrip("/"),
         "S3_BUCKETS": s3.bucket,
         "S3_ENDPOINT_URL": s3.endpoint,
         "S3_PATH_STYLE": s3.path_style,
@@ -176,7 +180,7 @@ def _pod(frame: Frame, spec: Pipeline, steps: Sequence[Place], config_map: str) 
     spread = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
     return {
         "serviceAccountName": service_account(frame, spec),
-        "automountServiceAccountToken": False,
+        "automountServiceAccountToken": spec.gateway.batches == "VisionBatches",
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": grace_seconds,
         "securityContext": dict(POD_SECURITY),

@@ -72,6 +72,8 @@ def _gateway_egress(frame: Frame, spec: Pipeline, steps: Sequence[Place]) -> lis
         else:  # which port a runtime of somebody else's listens on is not ours to know
             ports = {"ports": _tcp(HTTP_PORT)} if place.is_owned else {}
             answer.append({"to": [{"podSelector": {"matchLabels": {SERVED: label_value(place.served)}}}], **ports})
+    if spec.gateway.batches == "VisionBatches":  # the API server: an address outside the pod network, not ours to know
+        answer.append({"to": EVERYWHERE, "ports": _tcp(443, 6443)})
     return [*answer, *_to_store(spec)]
 
 
