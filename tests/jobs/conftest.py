@@ -54,7 +54,7 @@ def undisturbed(
         return audit(batch)
 
 
-def maker(stack: ExitStack, s3: S3Server, pictures: Mapping[str, bytes], folder: Path) -> NewBatch:
+def maker(stack: ExitStack, s3: S3Server, pictures: Mapping[str, bytes], folder: Path, prefix: str = ALBUM) -> NewBatch:
     """Batches of an album, with proxies and stubs that last as long as the stack."""
     made: list[Batch] = []
 
@@ -64,7 +64,7 @@ def maker(stack: ExitStack, s3: S3Server, pictures: Mapping[str, bytes], folder:
         proxy = stack.enter_context(proxying(s3.endpoint_url))
         stub = stack.enter_context(running_stub())
         uid = f"{folder.name}-{len(made)}"
-        batch = Batch(s3, proxy, stub, place, pictures, ALBUM, uid, **options)
+        batch = Batch(s3, proxy, stub, place, pictures, prefix, uid, **options)
         made.append(batch)
         stack.callback(batch.end_all)
         return batch
