@@ -49,8 +49,9 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def running_gateway(step_url: str, job_store: str, **settings: Any) -> Iterator[Gateway]:
+def running_gateway(step_url: str, job_store: str, *, port: int | None = None, **settings: Any) -> Iterator[Gateway]:
     """In a thread of this process, until the block ends."""
+    port = port or free_port()
     told = PipelineSettings(
         _env_file=None,  # type: ignore[call-arg]
         describe_url=step_url,
@@ -58,7 +59,6 @@ def running_gateway(step_url: str, job_store: str, **settings: Any) -> Iterator[
         api_keys=",".join(KEYS),  # type: ignore[arg-type]
         **settings,
     )
-    port = free_port()
 
     @contextlib.asynccontextmanager
     async def serving() -> AsyncGenerator[None]:
