@@ -23,6 +23,10 @@ demo: .venv/.demo ## Caption two samples by the whole chain on 127.0.0.1:PORT, t
 test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
 
+.PHONY: chaos
+chaos: .venv/.dev ## Kill, starve and confuse batches of thousands of items for some minutes (CHAOS_ITEMS=n, CHAOS_SEED=n)
+	@$(BIN)/pytest -m chaos -s tests/jobs $(ARGS)
+
 .PHONY: accuracy
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
 	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part))
@@ -30,6 +34,10 @@ accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, ov
 .PHONY: bench-operator
 bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API server of its own (ARGS="--objects 100 --idle 30")
 	@$(BIN)/python tests/bench/operators.py $(ARGS)
+
+.PHONY: bench-batch
+bench-batch: .venv/.dev ## A batch of 100,000 beside the same calls from a bare loop; kills, resume, a million keys (ARGS="--items 20000")
+	@$(BIN)/python tests/bench/batches.py --write $(ARGS)
 
 .PHONY: conformance
 conformance: .venv/.dev ## The conformance table of our six models and of stock KServe, into docs/ and the README

@@ -26,6 +26,7 @@ import httpx
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "predictors/src")]
 
+from tests.bench import planning  # noqa: E402
 from tests.jobs.harness import BUCKET, Batch, until  # noqa: E402
 from tests.jobs.pictures import picture  # noqa: E402
 from tests.jobs.store_proxy import StoreProxy  # noqa: E402
@@ -101,6 +102,11 @@ class Bench:
             list(pool.map(lambda entry: obstore.put(store, *entry), self.pictures.items()))
         tell(f"{len(self.pictures)} pictures of about 110 bytes are in the bucket ({self.s3.kind})")
 
+    def warm(self) -> None:
+        """Compile what both import, as it is in an installed image; the first start would pay for all."""
+        command = "import sightline.jobs.worker, obstore.auth.boto3, tests.bench.bare_loop, anyio._backends._asyncio"
+        subprocess.run([sys.executable, "-c", command], env=environment(), check=True)
+
     def batch(self) -> Batch:
         """A new one, planned and not begun."""
         self.batches += 1
@@ -119,6 +125,19 @@ class Bench:
             max_in_flight=IN_FLIGHT,
             launch=launch,
         )
+
+    def plan(self) -> None:
+        """Planning a million keys, in a process of its own."""
+        place = self.folder / "million"
+        place.mkdir()
+        found = planning.plan(self.options.keys, self.s3, place)
+        tell(f"plan: {found}")
+        self.figures |= {
+            "plan_keys": found.keys,
+            "plan_mib": found.mib,
+            "plan_keys_seconds": found.seconds,
+            "plan_keys_cpu": found.cpu_seconds,
+        }
 
     def stub_says(self, route: str = "") -> dict[str, Any]:
         return httpx.get(f"{self.stub.url}/stub{route}", trust_env=False, timeout=60).json()
@@ -202,8 +221,8 @@ class Bench:
     def bare(self) -> Spent:
         """Four processes, every fourth key each."""
         keys = sorted(self.pictures)
-        environment = os.environ | self.s3.environment() | {"PYTHONPATH": PYTHONPATH}
-        environment |= {
+        told = environment() | self.s3.environment()
+        told |= {
             "TARGET": self.stub.url,
             "ENDPOINT": self.s3.endpoint_url,
             "BUCKET": BUCKET,
@@ -214,7 +233,7 @@ class Bench:
             file.write_text("\n".join(keys[number::WORKERS]))
         command = [sys.executable, "-m", "tests.bench.bare_loop"]
         with spending() as spent:
-            processes = [subprocess.Popen([*command, str(file)], env=environment, cwd=ROOT) for file in files]
+            processes = [subprocess.Popen([*command, str(file)], env=told, cwd=ROOT) for file in files]
             codes = [process.wait() for process in processes]
         assert not any(codes), f"a bare loop failed: {codes}"
         assert self.stub_says("/forget")["given"] == len(keys)
@@ -231,13 +250,19 @@ class _Half(Exception):
     """Half of a batch is done."""
 
 
-def launch(words: list[str], log: Path, environment: Mapping[str, str], folder: Path) -> "subprocess.Popen[bytes]":
+def launch(words: list[str], log: Path, told: Mapping[str, str], folder: Path) -> "subprocess.Popen[bytes]":
     """As a pod starts its worker: a new interpreter."""
     command = [sys.executable, "-m", "sightline.jobs", *words]
     with log.open("wb") as out:
-        return subprocess.Popen(
-            command, stdout=out, stderr=out, env={**environment, "PYTHONPATH": PYTHONPATH}, cwd=folder
-        )
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment() | dict(told) | LEARNT, cwd=folder)
+
+
+def environment() -> dict[str, str]:
+    """Of every process here: our sources, and byte code that is kept."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | LEARNT
+
+
+LEARNT: dict[str, str] = {"PYTHONPATH": PYTHONPATH, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 @contextlib.contextmanager
@@ -278,6 +303,10 @@ def rows(figures: Figures) -> list[tuple[str, str, str]]:
     if "resume_first_seconds" in figures:
         at = f"**resume** at {figures['resume_at']:,.0f} of {figures['items']:,.0f}: first new item"
         found.append((at, f"{figures['resume_first_seconds']:.1f} s", "≤ 10 s"))
+    if "plan_keys" in figures:
+        f = figures
+        took = f"{f['plan_mib']:.0f} MiB, {f['plan_keys_seconds']:.0f} s, of the CPU {f['plan_keys_cpu']:.0f} s"
+        found.append((f"**planning {f['plan_keys']:,.0f} keys** (a listing as S3 answers it)", took, "≤ 300 MB"))
     return found
 
 
@@ -308,6 +337,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "overhead": Bench.overhead,
     "kills": Bench.kills,
     "resume": Bench.resume,
+    "plan": Bench.plan,
 }
 """In this order; kills needs the length of overhead's batch."""
 
@@ -316,6 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--shard-size", type=int, default=5_000)
+    parser.add_argument("--keys", type=int, default=1_000_000, help="of plan")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=20_261_121)
     parser.add_argument("--only", action="append", choices=list(MEASURES), help="may be repeated")
@@ -327,6 +358,8 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         s3 = stack.enter_context(running_s3(folder))
         bench = Bench(s3, stack.enter_context(stub_process(folder)), folder, options)
+        LEARNT["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
+        bench.warm()
         bench.fill()
         for name in wanted:
             tell(name)

@@ -35,7 +35,7 @@ def _nursery() -> Iterator[None]:
 def new_batch(s3_server: S3Server, pictures: Mapping[str, bytes], tmp_path: Path) -> Iterator[NewBatch]:
     """Makes batches of the album, each with a store proxy and a stub of its own; ends their processes."""
     with ExitStack() as stack:
-        yield _maker(stack, s3_server, pictures, tmp_path)
+        yield maker(stack, s3_server, pictures, tmp_path)
 
 
 @pytest.fixture
@@ -49,12 +49,13 @@ def undisturbed(
 ) -> Outcome:
     """What becomes of the album when nothing goes wrong."""
     with ExitStack() as stack:
-        batch = _maker(stack, s3_server, pictures, tmp_path_factory.mktemp("undisturbed"))()
+        batch = maker(stack, s3_server, pictures, tmp_path_factory.mktemp("undisturbed"))()
         batch.through()
         return audit(batch)
 
 
-def _maker(stack: ExitStack, s3: S3Server, pictures: Mapping[str, bytes], folder: Path) -> NewBatch:
+def maker(stack: ExitStack, s3: S3Server, pictures: Mapping[str, bytes], folder: Path, prefix: str = ALBUM) -> NewBatch:
+    """Batches of an album, with proxies and stubs that last as long as the stack."""
     made: list[Batch] = []
 
     def make(**options: Any) -> Batch:
@@ -63,7 +64,7 @@ def _maker(stack: ExitStack, s3: S3Server, pictures: Mapping[str, bytes], folder
         proxy = stack.enter_context(proxying(s3.endpoint_url))
         stub = stack.enter_context(running_stub())
         uid = f"{folder.name}-{len(made)}"
-        batch = Batch(s3, proxy, stub, place, pictures, ALBUM, uid, **options)
+        batch = Batch(s3, proxy, stub, place, pictures, prefix, uid, **options)
         made.append(batch)
         stack.callback(batch.end_all)
         return batch

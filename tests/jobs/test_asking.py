@@ -160,10 +160,11 @@ class TestOverTheWire:
         assert ("日" * 8000).encode() in asked.content
         assert PNG in asked.content
 
-    async def test_what_is_no_image_goes_as_a_form_too(self, desk: Desk, server: Server) -> None:
-        desk.images[ITEM.uri] = b"hello"
-        await desk.ask()
-        assert server.asked[0].headers["content-type"].startswith("multipart/form-data")
+    @pytest.mark.parametrize(("uri", "kind"), [("s3://b/x.JPG", "image/jpeg"), ("s3://b/x.txt", "image/x-unknown")])
+    async def test_an_image_is_called_what_its_name_says(self, desk: Desk, server: Server, uri: str, kind: str) -> None:
+        desk.images[uri] = b"hello"
+        await desk.ask(item=Item("x", uri))
+        assert (server.asked[0].headers["content-type"], server.asked[0].content) == (kind, b"hello")
 
     async def test_a_predictor_gets_v2_in_binary_form(self, desk: Desk, server: Server) -> None:
         answer = v2.InferResponse(

@@ -11,8 +11,10 @@ import pytest
 
 from tests.jobs.conftest import NewBatch
 from tests.jobs.evidence import Outcome, audit, rework
-from tests.jobs.harness import Batch, JobFailed, until
+from tests.jobs.harness import BUCKET, Batch, JobFailed, album, until
+from tests.jobs.pictures import picture
 from tests.jobs.store_proxy import AFTER, BEFORE, hold
+from tests.s3 import S3Server
 
 PLAN, CHUNK, DONE, MANIFEST = r"plan/PLAN\.json$", r"parts/.*/chunk-", r"done/shard-", r"output/MANIFEST\.json$"
 
@@ -300,6 +302,22 @@ def test_a_gateway_that_throttles_at_random(batch: Batch, undisturbed: Outcome) 
     batch.through()
     assert audit(batch) == undisturbed
     assert rework(batch) == 0
+
+
+def test_images_that_are_changed_or_deleted_meanwhile(s3_server: S3Server, new_batch: NewBatch) -> None:
+    """Errors of these two items, with their codes; the batch goes on."""
+    batch = new_batch(shard_size=10)
+    batch.input_prefix = f"album-of-{batch.uid}/"
+    batch.pictures = album(s3_server, batch.input_prefix, 20)
+    batch.do("plan")
+    changed, deleted = sorted(batch.pictures)[4], sorted(batch.pictures)[13]
+    s3_server.client.put_object(Bucket=BUCKET, Key=changed, Body=picture(999))
+    s3_server.client.delete_object(Bucket=BUCKET, Key=deleted)
+    batch.run_shards()
+    batch.do("finish")
+    failures = {changed: ("fetch", "input_changed"), deleted: ("fetch", "input_not_found")}
+    found = audit(batch, failures=failures)
+    assert (found.succeeded, found.failed) == (18, 2)
 
 
 def test_the_pipeline_changes_in_the_midst_of_it(batch: Batch) -> None:

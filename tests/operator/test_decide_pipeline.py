@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sightline_operator.contract import GatewayState
 from sightline_operator.decide import decide_pipeline
 from sightline_operator.decide.decision import Apply, Decision, Delete
 from sightline_operator.observe.world import World
@@ -288,6 +289,75 @@ def test_an_external_step_is_as_ready_as_its_url() -> None:
     cluster.endpoints.clear()
     settle(operator)
     assert said(operator, "EnhanceReady") == ("Unknown", "Deploying")
+
+
+# --- what the gateway's pods say -------------------------------------------------------------------------------------
+
+
+def seen(operator: Operator, *states: GatewayState | None, unheard: bool = False) -> Operator:
+    """The operator decides once, and writes, having heard this of the gateway's pods."""
+    world = operator.world(operator.seen[KEY])
+    gateways = {f"pod-{number}": state for number, state in enumerate(states)}
+    decision = decide_pipeline(operator.seen[KEY], replace(world, gateways=gateways, unheard=unheard), SETTINGS)
+    operator.cluster.objects[KEY]["status"] = copy.deepcopy(dict(decision.status))
+    operator.relist()
+    return operator
+
+
+WELL, NO_ENHANCER, NO_CAPTIONER = (GatewayState(frozenset(steps)) for steps in ((), ("enhance",), ("caption",)))
+
+
+def test_a_step_that_the_gateway_does_not_call_is_not_ready_and_recovers() -> None:
+    operator = seen(start(), NO_ENHANCER)
+    assert said(operator, "EnhanceReady") == ("False", "CircuitOpen")
+    assert said(operator, "Degraded") == ("True", "EnhanceUnavailable")
+    assert "does not call it for a while" in condition(operator, "Degraded")["message"]
+    assert said(operator, "Ready") == ("True", "DegradedButServing")
+    row = operator.cluster.objects[KEY]["status"]["steps"][1]
+    assert (row["name"], row["ready"]) == ("enhance", False)
+    seen(operator, WELL)
+    assert said(operator, "EnhanceReady") == ("True", "Ready")
+    assert said(operator, "Ready") == ("True", "AllReady")
+
+
+def test_without_the_caption_step_it_does_not_serve() -> None:
+    operator = seen(start(), NO_CAPTIONER)
+    assert said(operator, "CaptionReady") == ("False", "CircuitOpen")
+    assert said(operator, "Ready") == ("False", "CaptionNotReady")
+    assert condition(operator, "Ready")["message"].startswith("CircuitOpen: ")
+
+
+def test_one_pod_that_still_calls_it_is_enough_and_a_silent_one_says_nothing() -> None:
+    assert said(seen(start(), NO_ENHANCER, WELL), "EnhanceReady") == ("True", "Ready")
+    assert said(seen(start(), NO_ENHANCER, None), "EnhanceReady") == ("False", "CircuitOpen")
+    assert said(seen(start(), None, None), "EnhanceReady") == ("True", "Ready")
+
+
+def test_until_all_pods_have_been_asked_what_they_said_last_holds() -> None:
+    away = GatewayState(storage="s3_unavailable")
+    operator = seen(start(storage={"s3": {"bucket": "images"}}), NO_CAPTIONER)
+    assert said(seen(operator, unheard=True), "CaptionReady") == ("False", "CircuitOpen")
+    assert said(seen(operator, WELL), "CaptionReady") == ("True", "Ready")
+    assert said(seen(operator, away), "Degraded") == ("True", "StorageUnavailable")
+    assert said(seen(operator, unheard=True), "Degraded") == ("True", "StorageUnavailable")
+    assert said(seen(operator, WELL), "Degraded") == ("False", "None")
+    assert said(seen(operator, unheard=True), "Degraded") == ("False", "None")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("s3_access_denied", "bucket images: the store does not take the gateway's credentials"),
+        ("s3_not_found", "bucket images: the store has no such bucket"),
+        ("s3_unavailable", "bucket images: the store cannot be reached"),
+        ("s3_anything", "bucket images: s3_anything"),
+    ],
+)
+def test_a_bucket_that_cannot_be_read_degrades_it(code: str, words: str) -> None:
+    operator = seen(start(storage={"s3": {"bucket": "images"}}), WELL, GatewayState(storage=code))
+    assert said(operator, "Degraded") == ("True", "StorageUnavailable")
+    assert condition(operator, "Degraded")["message"] == words
+    assert said(operator, "Ready") == ("True", "DegradedButServing")
 
 
 def test_with_on_failure_fail_a_missing_enhancer_is_not_ready() -> None:

@@ -112,6 +112,7 @@ def _settings(options: argparse.Namespace) -> OperatorSettings:
         resync_seconds=options.resync_seconds,
         repair_window_seconds=options.repair_window_seconds,
         gateway_url=options.gateway_url,
+        gateway_pod_url=options.gateway_pod_url,
         is_dry_run=options.dry_run,
     )
 
@@ -190,6 +191,11 @@ def _work_options(run: argparse.ArgumentParser, environ: Mapping[str, str]) -> N
     )
     run.add_argument("--cluster-domain", default=env("CLUSTER_DOMAIN", render.cluster_domain), help="of Services")
     run.add_argument("--gateway-url", default=env("GATEWAY_URL", own.gateway_url), help="where gateways are reached")
+    run.add_argument(
+        "--gateway-pod-url",
+        default=env("GATEWAY_POD_URL", own.gateway_pod_url),
+        help="where one of their pods is; empty, outside of the cluster: not asked",
+    )
     run.add_argument("--workers", type=int, default=env("WORKERS", str(own.workers)), help="objects at a time")
     for name, value, text in (
         ("repair-seconds", own.repair_seconds, "between lists of every kind, ± 20 %%"),

@@ -1,6 +1,6 @@
-"""What a batch's worker promises the operator: exit codes, last words, and what the gateway tells of progress.
+"""What a batch's worker and a gateway promise the operator: exit codes, last words, progress, the gateway's state.
 
-The worker itself is another distribution; this page is all that the two share. Everything read here was written by a
+Both are of another distribution; this page is all that they share with it. Everything read here was written by a
 process of the user's namespace: unknown fields are ignored, wrong ones count as absent.
 """
 
@@ -107,6 +107,37 @@ class Progress:
             failures=_failures(said.get("failures")),
             outputs={key: outputs[key] for key in ("manifest", "results", "errors") if key in outputs} or None,
             waiting=waiting if waiting in {"BackendUnavailable", "Throttled"} else "",
+        )
+
+
+@dataclass(frozen=True)
+class GatewayState:
+    """What one gateway pod says of what is behind it: `GET /internal/state`.
+
+    open_steps   that it does not call for a while, after failures
+    storage      why its bucket cannot be read: a code; empty when it can, when there is none, when that is not known
+    """
+
+    open_steps: frozenset[str] = frozenset()
+    storage: str = ""
+
+    @property
+    def is_well(self) -> bool:
+        return not self.open_steps and not self.storage
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any] | None) -> GatewayState | None:
+        """From JSON; None when it is no such thing.
+
+        A half-open breaker counts as closed: it lets the next call through, and without one it would stay half open.
+        """
+        if not said or not isinstance(said.get("steps"), dict):
+            return None
+        storage = said.get("storage")
+        is_bad = isinstance(storage, str) and storage not in ("ok", "unknown")
+        return cls(
+            frozenset(str(name) for name, state in said["steps"].items() if state == "open"),
+            str(storage) if is_bad else "",
         )
 
 

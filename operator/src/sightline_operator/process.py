@@ -50,11 +50,19 @@ class Operator:
         self._client, self._settings, self._health = client, settings, health
         loop = asyncio.get_running_loop()
         self.queue = Queue()
-        self.cache = Cache(self.queue.add)
+        self.cache = Cache(
+            self.queue.add,
+            on_news=lambda key, news: self.queue.add(key, why=news),
+            on_known=lambda key, news: self.queue.retract(key, news),
+        )
         self.endpoints = Endpoints(self.queue.add)
         self._served: set[str] = set()
         observer = Observer(
-            self.cache, lambda: frozenset(self._served), self.endpoints, progress_url=self._progress_url
+            self.cache,
+            lambda: frozenset(self._served),
+            self.endpoints,
+            progress_url=self._progress_url,
+            state_url=self._state_url,
         )
         events = EventWriter(client, identity=settings.identity, monotonic=loop.time)
         executor = Executor(
@@ -184,6 +192,11 @@ class Operator:
         return (
             f"{self._gateway(pipeline)}/internal/batches/{batch['metadata']['uid']}/progress?{asked}" if asked else None
         )
+
+    def _state_url(self, address: str) -> str | None:
+        host = f"[{address}]" if ":" in address else address
+        base = self._settings.gateway_pod_url.format(ip=host)
+        return f"{base}/internal/state" if base else None
 
     def _gateway(self, pipeline: Mapping[str, Any]) -> str:
         metadata, spec = pipeline["metadata"], pipeline["spec"]

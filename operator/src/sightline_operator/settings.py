@@ -48,6 +48,7 @@ class OperatorSettings:
     resync_seconds         how often every object is looked at again when nothing happens, ± 20 %
     repair_window_seconds  a field of one child that somebody else keeps changing is put back once in so long
     gateway_url            where a pipeline's gateway is reached by the operator
+    gateway_pod_url        where one pod of it is; empty: nowhere, as pods' addresses are the cluster's own
     """
 
     render: RenderSettings = field(default_factory=RenderSettings)
@@ -61,4 +62,5 @@ class OperatorSettings:
     resync_seconds: float = 1800.0
     repair_window_seconds: float = 60.0
     gateway_url: str = "http://{service}.{namespace}.{domain}:{port}"
+    gateway_pod_url: str = "http://{ip}:8080"
     is_dry_run: bool = False

@@ -61,6 +61,8 @@ S3_THREADS = 8
 S3_ATTEMPTS = 2
 S3_READ_SECONDS = 10.0
 CHUNK_BYTES = 64 * 1024
+ABSENT_KEY = ".sightline/is-there-anybody"
+"""That no image is stored under."""
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]{0,31}):")
 
@@ -202,6 +204,19 @@ class Sources:
             case ImagePath(path):
                 return await self._in_pool(partial(read_below, self._settings, path))
 
+    async def bucket_fault(self, bucket: str) -> str | None:
+        """Why nothing can be read from a bucket: the code that a fetch would end with; None: it answers.
+
+        It is asked for a key that is not there. "Access denied" is such an answer where one may not list the bucket.
+        """
+        try:
+            async with asyncio.timeout(self._settings.s3_total_seconds):
+                return await self._in_pool(partial(self._ask_s3, bucket))
+        except TimeoutError:
+            return "s3_timeout"
+        except Unavailable as error:
+            return error.code
+
     async def aclose(self) -> None:
         """Let go of connections and threads. A second call changes nothing."""
         self._pool.shutdown(wait=False)
@@ -332,6 +347,20 @@ class Sources:
             raise
         except Exception as error:  # boto3, botocore and urllib3 share no base class
             raise _s3_refusal(error) from error
+
+    def _ask_s3(self, bucket: str) -> str | None:
+        """Blocks."""
+        from botocore import exceptions as boto
+
+        try:
+            self._s3_client().get_object(Bucket=bucket, Key=ABSENT_KEY)["Body"].close()
+        except boto.ClientError as error:
+            if error.response.get("Error", {}).get("Code", "") in ("NoSuchKey", "AccessDenied"):
+                return None
+            return _s3_refusal(error).code
+        except Exception as error:  # boto3, botocore and urllib3 share no base class
+            return _s3_refusal(error).code
+        return None
 
     def _s3_client(self) -> "BaseClient":
         with self._s3_lock:  # boto3 sessions are not safe in threads, their clients are

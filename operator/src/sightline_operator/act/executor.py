@@ -331,7 +331,9 @@ def _is_owned_by(cr: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    return digest(manifest, 16)
+    """Of the whole manifest. Its own mark is that already, but for an InferenceService, which leaves scale out."""
+    mark = (manifest["metadata"].get("annotations") or {}).get(HASH_ANNOTATION)
+    return digest(manifest, 16) if mark is None or manifest["kind"] == "InferenceService" else str(mark)
 
 
 def _is_applied(manifest: Mapping[str, Any], live: Mapping[str, Any]) -> bool:

@@ -8,10 +8,17 @@ from sightline_operator.decide.pipeline_steps import NO_KSERVE, StepReport
 from sightline_operator.decide.pipeline_view import PipelineView, Workload
 from sightline_operator.observe.world import Key, Manifest
 from sightline_operator.settings import API_VERSION
-from sightline_operator.status.conditions import Condition
+from sightline_operator.status.conditions import Condition, find
 from sightline_operator.status.pods import REFERENCE_FAULTS, Fault
 
 _NO_RUNTIME = ("NoSupportingRuntime", "RuntimeNotRecognized", "RuntimeDisabled")
+_STORAGE = {
+    "s3_access_denied": "the store does not take the gateway's credentials",
+    "s3_no_credentials": "the gateway has no credentials for the store",
+    "s3_not_found": "the store has no such bucket",
+    "s3_timeout": "the store does not answer in time",
+    "s3_unavailable": "the store cannot be reached",
+}
 _GATEWAY_REASONS = {Fault.CRASHING: "CrashLooping", Fault.IMAGE_PULL: "ImagePullFailed", **REFERENCE_FAULTS}
 
 
@@ -55,6 +62,9 @@ def degraded(view: PipelineView, gateway: Workload, front: Condition, steps: Map
     if enhance.row is not None and not enhance.is_ready:
         message = f"captions are not enhanced: {enhance.condition.message}"
         return Condition("Degraded", "True", "EnhanceUnavailable", message)
+    storage = _storage(view)
+    if storage is not None:
+        return storage
     ready, wanted = gateway.status.get("readyReplicas") or 0, _wanted(gateway)
     if gateway.found is not None and 0 < ready < wanted:
         return Condition("Degraded", "True", "PartialReplicas", f"gateway: {ready} of {wanted} pods answer")
@@ -63,6 +73,20 @@ def degraded(view: PipelineView, gateway: Workload, front: Condition, steps: Map
             message = f"{name}: {len(step.workload.ready_pods)} of {step.wanted} pods answer"
             return Condition("Degraded", "True", "PartialReplicas", message)
     return Condition("Degraded", "False", "None", "")
+
+
+def _storage(view: PipelineView) -> Condition | None:
+    """Degraded when a gateway pod cannot read the bucket: images of uploads and URLs are captioned all the same."""
+    if view.spec.storage is None:
+        return None
+    before = find(view.previous.get("conditions"), "Degraded")
+    if view.world.unheard and before.get("reason") == "StorageUnavailable":
+        return Condition("Degraded", "True", "StorageUnavailable", before.get("message", ""))
+    faults = sorted(state.storage for state in view.world.gateways.values() if state is not None and state.storage)
+    if not faults:
+        return None
+    why = _STORAGE.get(faults[0], faults[0])
+    return Condition("Degraded", "True", "StorageUnavailable", f"bucket {view.spec.storage.s3.bucket}: {why}")
 
 
 def ready(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sightline_operator.api.pipeline import CaptionStep, EnhanceStep, InferenceService
 from sightline_operator.decide.pipeline_view import PipelineView, Workload
-from sightline_operator.status.conditions import Condition
+from sightline_operator.status.conditions import Condition, find
 from sightline_operator.status.pods import REFERENCE_FAULTS, Fault, Trouble
 
 CONDITIONS = {"caption": "CaptionReady", "enhance": "EnhanceReady"}
@@ -46,7 +46,27 @@ class StepReport:
 
 
 def step_report(view: PipelineView, name: str) -> StepReport:
-    """Of the caption or enhance step, from what is seen of its InferenceService, pods or endpoint."""
+    """Of the caption or enhance step, from what is seen of its InferenceService, pods or endpoint, and the gateway."""
+    seen = _of_its_own(view, name)
+    refused = circuit_open(view, name) if seen.is_ready else None
+    if refused is None or seen.row is None:
+        return seen
+    return replace(seen, condition=refused, row={**seen.row, "ready": False})
+
+
+def circuit_open(view: PipelineView, name: str) -> Condition | None:
+    """The step's condition when no gateway pod that we heard calls it: it answers, and badly."""
+    kind, asked = CONDITIONS[name], [state for state in view.world.gateways.values() if state is not None]
+    before = find(view.previous.get("conditions"), kind)
+    if view.world.unheard and before.get("reason") == "CircuitOpen":
+        return Condition(kind, "False", "CircuitOpen", before.get("message", ""))  # until they have been asked
+    if not asked or not all(name in state.open_steps for state in asked):
+        return None
+    message = f"the gateway does not call it for a while, after failures ({len(asked)} of {len(asked)} pods say so)"
+    return Condition(kind, "False", "CircuitOpen", message)
+
+
+def _of_its_own(view: PipelineView, name: str) -> StepReport:
     step = view.spec.steps.get(name)
     kind = CONDITIONS[name]
     if step is None:

@@ -19,6 +19,8 @@ from sightline_operator.settings import GROUP
 OUR_KINDS = ("VisionPipeline", "VisionBatch")
 INSTANCE_LABEL = "app.kubernetes.io/instance"
 TOMBSTONES = 20_000
+PARSED = 128
+"""Objects that are kept read: those of the keys being worked on."""
 WARNINGS_PER_POD = 5
 WARNED_PODS = 2_000
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
@@ -90,7 +92,18 @@ def named_by(cr: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
 class Cache:
     """Live objects by reference, with the indexes that reconciling needs."""
 
-    def __init__(self, on_change: Callable[[Key], None] = lambda key: None) -> None:
+    def __init__(
+        self,
+        on_change: Callable[[Key], None] = lambda key: None,
+        on_news: Callable[[Key, tuple[Ref, int]], None] | None = None,
+        on_known: Callable[[Key, tuple[Ref, int]], None] = lambda key, news: None,
+    ) -> None:
+        """Tell of changes.
+
+        on_change   who is concerned by one
+        on_news     the same where an object and its version can be told, too; else `on_change`
+        on_known    a watch told of what this writer wrote before the answer to the write was there
+        """
         self._entries: dict[Ref, Entry] = {}
         self._children: defaultdict[str, set[Ref]] = defaultdict(set)
         """Owner uid → its children."""
@@ -106,7 +119,11 @@ class Cache:
         """Pod uid → its warnings by event name."""
         self._gone: OrderedDict[str, int] = OrderedDict()
         """uid → version at which the object ended: an answer that comes later does not bring it back."""
+        self._parsed: OrderedDict[Ref, tuple[Entry, dict[str, Any]]] = OrderedDict()
+        """What was read last: an object is read several times while it is worked on."""
         self._on_change = on_change
+        self._on_news = on_news or (lambda key, news: on_change(key))
+        self._on_known = on_known
 
     # Reading.
 
@@ -160,6 +177,8 @@ class Cache:
         ref, uid, version = ref_of(obj), str(metadata["uid"]), int(metadata["resourceVersion"])
         old = self._entries.get(ref)
         if (old is not None and old.version >= version) or self._gone.get(uid, -1) >= version:
+            if by is not None and old is not None and old.version == version:
+                self._on_known(by, (ref, version))
             return False
         affected = set(self._concerned(ref)) if old is not None else set[Key]()
         self._forget(ref)
@@ -177,7 +196,9 @@ class Cache:
             self._named[ref] = frozenset(Ref(kind, ref.namespace, name) for kind, name in named_by(slim))
             for named in self._named[ref]:
                 self._naming[named].add(ref)
-        self._tell((affected | set(self._concerned(ref))) - {by})
+        for key in affected | set(self._concerned(ref)):
+            if key != by:
+                self._on_news(key, (ref, version))
         return True
 
     def remove(self, obj: Mapping[str, Any]) -> bool:
@@ -256,8 +277,18 @@ class Cache:
     # Below: bookkeeping.
 
     def _load(self, ref: Ref) -> dict[str, Any] | None:
+        """The object, shared with others who read it: nobody changes it."""
         entry = self._entries.get(ref)
-        return None if entry is None else json.loads(entry.data)
+        if entry is None:
+            return None
+        known = self._parsed.get(ref)
+        if known is not None and known[0] is entry:
+            return known[1]
+        obj = json.loads(entry.data)
+        self._parsed[ref] = entry, obj
+        while len(self._parsed) > PARSED:
+            self._parsed.popitem(last=False)
+        return obj
 
     def _tell(self, keys: Iterable[Key | None]) -> None:
         for key in keys:
@@ -284,6 +315,7 @@ class Cache:
         for owner in entry.owners:
             _discard(self._children, owner, ref)
         self._uids.pop(entry.uid, None)
+        self._parsed.pop(ref, None)
         del self._entries[ref]
 
     def _put_warning(self, event: Mapping[str, Any]) -> bool:

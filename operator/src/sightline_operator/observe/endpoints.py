@@ -1,4 +1,4 @@
-"""Asks what is outside the API server, in the background: external steps' URLs, gateways' batch progress."""
+"""Asks what is outside the API server, in the background: external steps' URLs, gateways' state and batch progress."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
+from sightline_operator.contract import GatewayState
 from sightline_operator.observe.world import Answer
 from sightline_operator.queue import Key
 
@@ -18,6 +19,11 @@ log = logging.getLogger(__name__)
 TIMEOUT = aiohttp.ClientTimeout(total=3, sock_connect=2)
 MAX_ANSWER_BYTES = 65_536
 OK_SECONDS, FAILED_SECONDS, PROGRESS_SECONDS = 60.0, 10.0, 15.0
+STATE_SECONDS, TROUBLED_SECONDS, SILENT_SECONDS = 30.0, 10.0, 60.0
+"""Of gateways: all is well, something is not, nothing is said (their pods may be out of reach of this operator)."""
+
+Kind = Literal["probe", "progress", "state"]
+"""Whether a URL answers · how far a batch is · how a gateway is."""
 
 
 @dataclass
@@ -28,7 +34,7 @@ class _Target:
     next_at: float = 0.0
     answer: Answer | None = None
     document: Mapping[str, Any] | None = None
-    is_document: bool = False
+    kind: Kind = "probe"
     asked: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -38,21 +44,26 @@ class Endpoints:
     def __init__(self, on_change: Callable[[Key], None], *, concurrency: int = 8) -> None:
         self._on_change = on_change
         self._targets: dict[str, _Target] = {}
+        self._wanted: dict[Key, frozenset[str]] = {}
         self._slots = asyncio.Semaphore(concurrency)
         self._wake = asyncio.Event()
 
-    def want(self, key: Key, urls: frozenset[str], documents: frozenset[str] = frozenset()) -> None:
+    def want(self, key: Key, urls: Mapping[str, Kind]) -> None:
         """What this object wants to know from now on: that a URL answers, or what JSON it answers."""
-        for url, target in list(self._targets.items()):
-            if url not in urls and url not in documents:
-                target.wanted_by.discard(key)
-                if not target.wanted_by:
-                    del self._targets[url]
-        for url in urls | documents:
+        for url in self._wanted.get(key, frozenset()) - urls.keys():
+            target = self._targets[url]
+            target.wanted_by.discard(key)
+            if not target.wanted_by:
+                del self._targets[url]
+        for url, kind in urls.items():
             if url not in self._targets:
-                self._targets[url] = _Target(is_document=url in documents)
+                self._targets[url] = _Target(kind=kind)
                 self._wake.set()
             self._targets[url].wanted_by.add(key)
+        if urls:
+            self._wanted[key] = frozenset(urls)
+        else:
+            self._wanted.pop(key, None)
 
     def answers(self, urls: frozenset[str]) -> dict[str, Answer]:
         """What is known of these URLs; one not asked yet is not in it."""
@@ -62,6 +73,11 @@ class Endpoints:
         """The JSON object last answered; None: none yet, or the last attempt failed."""
         target = self._targets.get(url)
         return target.document if target else None
+
+    def was_asked(self, url: str) -> bool:
+        """Whether a URL has been asked at all, for better or worse."""
+        target = self._targets.get(url)
+        return target is not None and target.answer is not None
 
     async def asked(self, urls: frozenset[str]) -> None:
         """Wait until each of these has been asked once, so that nobody decides on "not known yet"."""
@@ -87,9 +103,8 @@ class Endpoints:
         if target is None:
             return
         async with self._slots:
-            answer, document = await self._get(session, url, is_document=target.is_document)
-        pause = PROGRESS_SECONDS if target.is_document else OK_SECONDS if answer.is_ok else FAILED_SECONDS
-        target.next_at = asyncio.get_running_loop().time() + pause
+            answer, document = await self._get(session, url, is_document=target.kind != "probe")
+        target.next_at = asyncio.get_running_loop().time() + _pause(target.kind, answer, document)
         is_news = (answer, document) != (target.answer, target.document)
         target.answer, target.document = answer, document
         target.asked.set()
@@ -114,6 +129,16 @@ class Endpoints:
             return Answer(False, f"no answer in {TIMEOUT.total:g} s"), None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return Answer(False, _said(error)), None
+
+
+def _pause(kind: Kind, answer: Answer, document: Mapping[str, Any] | None) -> float:
+    """Seconds until it is worth asking again."""
+    if kind == "progress":
+        return PROGRESS_SECONDS
+    if kind == "probe":
+        return OK_SECONDS if answer.is_ok else FAILED_SECONDS
+    said = GatewayState.read(document)
+    return SILENT_SECONDS if said is None else STATE_SECONDS if said.is_well else TROUBLED_SECONDS
 
 
 def _said(error: Exception) -> str:

@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from sightline_operator.contract import GatewayState
 from sightline_operator.observe.cache import INSTANCE_LABEL, Cache, Ref, named_by
-from sightline_operator.observe.endpoints import Endpoints
+from sightline_operator.observe.endpoints import Endpoints, Kind
 from sightline_operator.observe.world import Key, World
 from sightline_operator.queue import Key as QueueKey
 from sightline_operator.render.names import label_value
 from sightline_operator.resources import ISVC_LABEL
+from sightline_operator.status.pods import is_ready
 
 Manifest = Mapping[str, Any]
 MAX_WARNINGS = 50
+MAX_GATEWAYS = 5
+COMPONENT = "app.kubernetes.io/component"
 PREPARE_SECONDS = 5.0
 
 
@@ -31,6 +35,7 @@ class Observer:
     """What is known about an object now.
 
     progress_url   where the gateway of a batch tells its progress: of the pipeline's object and the batch's
+    state_url      where a gateway pod tells how it is, by its address; None: nowhere that we reach
     """
 
     def __init__(
@@ -40,10 +45,11 @@ class Observer:
         endpoints: Endpoints,
         *,
         progress_url: Callable[[Manifest, Manifest], str | None],
+        state_url: Callable[[str], str | None] = lambda address: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._cache, self._kinds, self._endpoints = cache, kinds, endpoints
-        self._progress_url, self._now = progress_url, now
+        self._progress_url, self._state_url, self._now = progress_url, state_url, now
         self._strangers: dict[Ref, dict[str, Any]] = {}
         """Objects with a child's name that the watch does not show, as found when that child was to be made."""
 
@@ -57,8 +63,9 @@ class Observer:
     async def prepare(self, cr: Manifest) -> None:
         """Have asked once what the object wants to know of the world outside the API server; seconds at most."""
         urls, progress = external_urls(cr), self._progress_urls(cr)
-        self._endpoints.want(_key(cr), urls, progress)
-        with contextlib.suppress(TimeoutError):
+        wanted: dict[str, Kind] = dict.fromkeys(self._state_urls(cr).values(), "state")
+        self._endpoints.want(_key(cr), wanted | dict.fromkeys(progress, "progress") | dict.fromkeys(urls, "probe"))
+        with contextlib.suppress(TimeoutError):  # of states what was said last holds until they are asked
             await asyncio.wait_for(self._endpoints.asked(urls | progress), PREPARE_SECONDS)
 
     def world(self, cr: Manifest) -> World:
@@ -69,6 +76,7 @@ class Observer:
         }
         others = self._others(cr, key, owned)
         pods = self._pods(key, [*owned, *others])
+        states = self._state_urls(cr)
         is_batch = cr["kind"] == "VisionBatch"
         return World(
             now=self._now(),
@@ -78,13 +86,19 @@ class Observer:
             warnings=self._warnings(pods),
             kinds=self._kinds(),
             answers=self._endpoints.answers(external_urls(cr)),
+            gateways={
+                name: GatewayState.read(self._endpoints.document(url))
+                for name, url in states.items()
+                if self._endpoints.was_asked(url)
+            },
+            unheard=not all(self._endpoints.was_asked(url) for url in states.values()),
             progress=self._progress(cr),
             batches=() if is_batch else self._batches(key),
         )
 
     def forget(self, key: QueueKey) -> None:
         """The object is gone: nobody asks for it any more."""
-        self._endpoints.want(key, frozenset())
+        self._endpoints.want(key, {})
 
     def _others(self, cr: Manifest, key: QueueKey, owned: Mapping[Key, Manifest]) -> dict[Key, Manifest]:
         others: dict[Key, Manifest] = {}
@@ -124,6 +138,19 @@ class Observer:
         pipeline = self._cache.get("VisionPipeline", metadata["namespace"], cr["spec"]["pipelineRef"]["name"])
         url = self._progress_url(pipeline, cr) if pipeline is not None else None
         return frozenset({url} if url else ())
+
+    def _state_urls(self, cr: Manifest) -> dict[str, str]:
+        """By the names of the gateway's ready pods: some of them, always the same ones."""
+        if cr["kind"] != "VisionPipeline":
+            return {}
+        key = _key(cr)
+        found: dict[str, str] = {}
+        for pod in self._cache.pods(INSTANCE_LABEL, key.namespace, label_value(key.name)):
+            is_gateway = (pod["metadata"].get("labels") or {}).get(COMPONENT) == "gateway"
+            address = (pod.get("status") or {}).get("podIP")
+            if is_gateway and address and is_ready(pod) and (url := self._state_url(str(address))):
+                found[str(pod["metadata"]["name"])] = url
+        return dict(sorted(found.items())[:MAX_GATEWAYS])
 
     def _progress(self, cr: Manifest) -> Manifest | None:
         return next((self._endpoints.document(url) for url in self._progress_urls(cr)), None)

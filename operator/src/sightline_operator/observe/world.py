@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from sightline_operator.contract import GatewayState
+
 Manifest = Mapping[str, Any]
 """A Kubernetes object as JSON: apiVersion, kind, metadata, spec, status."""
 Key = tuple[str, str]
@@ -33,6 +35,9 @@ class World:
     warnings   core/v1 Events of type Warning about those pods, newest last
     kinds      of other projects that the cluster serves now: InferenceService, HTTPRoute, ServiceMonitor, Workload
     answers    of endpoints by URL: external steps
+    gateways   of a VisionPipeline, by the name of each ready gateway pod that was asked: what it said of itself; None
+               when it did not answer
+    unheard    whether a ready gateway pod has not been asked yet
     progress   of a VisionBatch, as its gateway told it; None when it did not answer
     batches    of a VisionPipeline: the VisionBatches that name it
     """
@@ -44,5 +49,7 @@ class World:
     warnings: tuple[Manifest, ...] = ()
     kinds: frozenset[str] = frozenset({"InferenceService"})
     answers: Mapping[str, Answer] = field(default_factory=dict)
+    gateways: Mapping[str, GatewayState | None] = field(default_factory=dict)
+    unheard: bool = False
     progress: Manifest | None = None
     batches: tuple[Manifest, ...] = ()

@@ -47,17 +47,34 @@ class WorkQueue:
     _active: set[Key] = field(default_factory=set)
     _dirty: dict[Key, float] = field(default_factory=dict)
     """Keys that became due while they were being worked on."""
+    _why: dict[Key, set[object]] = field(default_factory=dict)
+    """What made them so."""
     _failures: dict[Key, int] = field(default_factory=dict)
 
-    def add(self, key: Key, now: float, delay: float = 0.0) -> None:
-        """Make a key due now or later; of several times the earliest counts."""
+    def add(self, key: Key, now: float, delay: float = 0.0, why: object = None) -> None:
+        """Make a key due now or later; of several times the earliest counts.
+
+        why   the news, if it is one that may be taken back
+        """
         if delay > 0:
             if key not in self._due and now + delay < self._later.get(key, float("inf")):
                 self._later[key] = now + delay
                 heapq.heappush(self._heap, (now + delay, key))
             return
         self._later.pop(key, None)
-        (self._dirty if key in self._active else self._due).setdefault(key, now)
+        if key in self._active:
+            self._dirty.setdefault(key, now)
+            self._why.setdefault(key, set()).add(why)
+        else:
+            self._due.setdefault(key, now)
+
+    def retract(self, key: Key, why: object) -> None:
+        """This news was no news to whoever works on the key: it is due again only if there was other news."""
+        reasons = self._why.get(key, set())
+        reasons.discard(why)
+        if not reasons:
+            self._why.pop(key, None)
+            self._dirty.pop(key, None)
 
     def take(self, now: float) -> tuple[Key, float] | None:
         """The key that waited longest and how many seconds it did, or None. It is then being worked on until `done`."""
@@ -82,6 +99,7 @@ class WorkQueue:
             self.add(key, now, wait)
         else:
             self._failures.pop(key, None)
+        self._why.pop(key, None)
         if key in self._dirty:
             self.add(key, self._dirty.pop(key))
         return wait
@@ -130,10 +148,14 @@ class Queue:
         self._clock = clock or asyncio.get_running_loop().time
         self._changed = asyncio.Event()
 
-    def add(self, key: Key, delay: float = 0.0) -> None:
+    def add(self, key: Key, delay: float = 0.0, why: object = None) -> None:
         """Make a key due now or later."""
-        self.work.add(key, self._clock(), delay)
+        self.work.add(key, self._clock(), delay, why)
         self._changed.set()
+
+    def retract(self, key: Key, why: object) -> None:
+        """See `WorkQueue.retract`."""
+        self.work.retract(key, why)
 
     async def take(self) -> tuple[Key, float]:
         """Wait for a key; returns it and the seconds it waited."""

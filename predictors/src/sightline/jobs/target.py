@@ -8,6 +8,7 @@ is too long for an address), KServe V2 of one predictor (binary extension), and 
 
 import email.utils
 import hashlib
+import mimetypes
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,7 @@ from urllib.parse import quote, urlencode
 
 import orjson
 
-from sightline import v2
 from sightline.errors import BadRequest
-from sightline.images import media_type
 from sightline.jobs.items import Code, Item, StepName
 from sightline.jobs.page import Options, Page, Target
 from sightline.wire import REQUEST_ID_HEADER
@@ -139,17 +138,22 @@ def is_ready(target: Target, status: int, body: bytes) -> bool:
 
 
 def _gateway(target: Target, item: Item, image: bytes, fields: Mapping[str, Any]) -> Outgoing:
-    kind = media_type(image)
     told = {name: _text(value) for name, value in fields.items()} | {"explain": "true"}
     query = urlencode(told)
     url = f"{target.url.rstrip('/')}/caption"
-    if kind.startswith("image/") and len(query) <= MAX_QUERY_CHARACTERS:
-        return Outgoing(f"{url}?{query}", image, {"content-type": kind})
-    return _form(url, told, image, item)
+    if len(query) <= MAX_QUERY_CHARACTERS:
+        return Outgoing(f"{url}?{query}", image, {"content-type": _media_type(item.uri)})
+    return _form(url, told, image)
 
 
-def _form(url: str, fields: Mapping[str, str], image: bytes, item: Item) -> Outgoing:
-    """What has no bounds in an address, and what only a form may call an image before anybody has looked."""
+def _media_type(uri: str) -> str:
+    """By the name alone; the gateway goes by the bytes, and only wants to hear that this should be an image."""
+    kind, _ = mimetypes.guess_type(uri.rpartition("/")[2])
+    return kind if kind is not None and kind.startswith("image/") else "image/x-unknown"
+
+
+def _form(url: str, fields: Mapping[str, str], image: bytes) -> Outgoing:
+    """For what has no place in an address."""
     mark = f"sightline-{hashlib.sha256(image).hexdigest()[:32]}"
     parts = [
         f'--{mark}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
@@ -163,6 +167,8 @@ def _form(url: str, fields: Mapping[str, str], image: bytes, item: Item) -> Outg
 
 
 def _v2(target: Target, item: Item, image: bytes, fields: Mapping[str, Any]) -> Outgoing:
+    from sightline import v2  # brings numpy, which other targets do without
+
     inputs = [v2.Tensor.of_bytes("image", [image])]
     if prompt := fields.get("prompt"):
         inputs.append(v2.Tensor.of_texts("prompt", [str(prompt)]))
@@ -236,6 +242,8 @@ def _read_gateway(answer: Answer) -> Success:
 
 
 def _read_v2(answer: Answer) -> Success:
+    from sightline import v2
+
     response = v2.parse_response(answer.body, answer.headers.get(v2.HEADER_LENGTH))
     output = response.output("text") or response.output("caption")
     if output is None:

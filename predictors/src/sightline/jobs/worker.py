@@ -25,7 +25,6 @@ import orjson
 from sightline.jobs import metrics
 from sightline.jobs.asking import MAX_IMAGE_BYTES, Asker, RevisionMismatch, TargetRefuses, new_client, readiness
 from sightline.jobs.finish import PartCorrupt, Unfinished, finish
-from sightline.jobs.inputs import InputFault, plan_batch
 from sightline.jobs.objects import AccessDenied, BucketMissing, NoConditionalWrites, StoreFault
 from sightline.jobs.pace import PATIENCE_SECONDS, Pace, TargetGone
 from sightline.jobs.page import Page, read_page
@@ -110,6 +109,8 @@ def ending_of(error: Exception, verb: str) -> Ending:
     """What an exception of a verb means to the Job: exit code, reason and message."""
     if isinstance(error, Stopped):
         return Ending(Exit.INTERRUPTED, {"message": f"interrupted; {error.counts.done} items are stored"})
+    from sightline.jobs.inputs import InputFault
+
     if isinstance(error, InputFault):
         return _said(Exit.UNUSABLE, error.reason, error)
     if isinstance(error, ShardCorrupt | PartCorrupt) and verb == "run":
@@ -146,6 +147,8 @@ async def _plan(page: Page, environment: Mapping[str, str], stop: Stop) -> Words
     objects = open_location(page.outputs.location)
     plan = await read_plan(objects, layout_of(page))
     if plan is None:
+        from sightline.jobs.inputs import plan_batch  # brings numpy, which a run does without
+
         await objects.probe()
         plan = await plan_batch(page, objects)
     return {"plan": plan.in_short()}

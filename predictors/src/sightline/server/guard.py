@@ -28,10 +28,10 @@ from sightline.wire import REQUEST_ID_HEADER, REVISION_HEADER, Context
 log = logging.getLogger("sightline.access")
 
 # Probes and the operator cannot send keys. Everything else needs one, documentation and metrics too (contract B9).
-_OPEN = re.compile(r"/health|/v2/health/(live|ready)|/v2/models/[^/]+/ready|/internal/batches/[^/]+/progress")
+_OPEN = re.compile(r"/health|/v2/health/(live|ready)|/v2/models/[^/]+/ready|/internal/(state|batches/[^/]+/progress)")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MAX_LENGTH_DIGITS = 18
-_QUIET = re.compile(r"/metrics|/health|.*/(live|ready)|/internal/batches/[^/]+/progress")
+_QUIET = re.compile(r"/metrics|/health|.*/(live|ready)|/internal/(state|batches/[^/]+/progress)")
 
 PRINCIPAL = "sightline.principal"
 """Key of the scope of a request that this process makes to itself: for whom. No network can say it."""

@@ -51,6 +51,7 @@ from sightline.services.batch_progress import add_progress
 from sightline.services.bodies import json_response, read_body
 from sightline.services.events import event, streaming, wants_events
 from sightline.services.pipeline_openapi import CAPTION_CONTENT, EVENTS, FAULTS, CaptionAnswer, HealthAnswer
+from sightline.services.pipeline_state import Storages, add_state
 from sightline.services.pipeline_steps import HEALTH_SECONDS, CaptionStep, EnhanceStep, Health, Steps
 from sightline.settings import PipelineSettings
 from sightline.sources import Sources, parse_source
@@ -77,6 +78,7 @@ class Fetcher(Protocol):
     """What turns an image source into its encoded bytes, under the server's policy."""
 
     async def fetch(self, source: ImageSource) -> bytes: ...
+    async def bucket_fault(self, bucket: str) -> str | None: ...
     async def aclose(self) -> None: ...
 
 
@@ -123,6 +125,7 @@ class PipelineService:
         self.name = settings.model_name
         self._settings = settings
         self._sources: Fetcher = sources or Sources(settings)
+        self._storages = Storages(settings.s3_buckets, self._bucket_fault, clock)
         self._limits = images.Limits.from_settings(settings)
         self._decoder = images.Decoder(self._limits, threads=settings.decode_threads)
         self._steps = Steps(settings, caption, enhance)
@@ -153,6 +156,9 @@ class PipelineService:
         self._sleep = sleep
         self._health = Health(self._steps.caption, self._steps.enhance, settings, clock)
 
+    async def _bucket_fault(self, bucket: str) -> str | None:
+        return await self._sources.bucket_fault(bucket)
+
     async def load(self) -> None:
         """Wait until the caption step is ready, however long it loads. The enhance step may be down."""
         pause = FIRST_POLL_SECONDS
@@ -166,6 +172,7 @@ class PipelineService:
     async def close(self) -> None:
         """Close the connections to the steps and to the image sources."""
         await self._steps.close()
+        await self._storages.close()
         await self._sources.aclose()
         self._decoder.close()
 
@@ -367,6 +374,7 @@ class PipelineService:
             return await self._health.now()
 
         add_progress(router, self._settings)
+        add_state(router, self.breakers, self._storages)
         web.add_page(router)
         return router
 
