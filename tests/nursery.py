@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pandas imports pyarrow where there is one
 }
 
 

@@ -447,7 +447,7 @@ def _s3(bucket: str, prefix: str, location: Location, retrying: "RetryConfig") -
         region=location.region or session.region_name or _DEFAULT_REGION,
         credential_provider=_Credentials(location, session),
         retry_config=retrying,
-        client_options={**_TIMEOUTS, "allow_http": (endpoint or "").startswith("http://")},
+        client_options=_client_options(endpoint),
         **options,
     )
 
@@ -541,23 +541,29 @@ def _read_keys(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _google(bucket: str, prefix: str, location: Location, retrying: "RetryConfig") -> GCSStore:
-    account: dict[str, Any] = {}
+    options: dict[str, Any] = {"base_url": location.endpoint} if location.endpoint else {}
     if location.credentials is not None:
         found = sorted(location.credentials.glob("*.json"))
         if not found:
             raise AccessDenied(f"{location.url}: {location.credentials} holds no service account (*.json)")
-        account["service_account_path"] = str(found[0])
-    return GCSStore(bucket, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **account)
+        options["service_account"] = str(found[0])
+    client = _client_options(location.endpoint)
+    return GCSStore(bucket, prefix=prefix or None, retry_config=retrying, client_options=client, **options)
 
 
 def _azure(container: str, prefix: str, location: Location, retrying: "RetryConfig") -> AzureStore:
-    account: dict[str, Any] = {}
+    options: dict[str, Any] = {"endpoint": location.endpoint} if location.endpoint else {}
     if location.credentials is not None:
         named = _read_keys(location.credentials, _AZURE_FILES)
         if len(named) < len(_AZURE_FILES):
             raise AccessDenied(f"{location.url}: {location.credentials} holds no {' and '.join(_AZURE_FILES)}")
-        account = {"account_name": named[_AZURE_FILES[0]], "account_key": named[_AZURE_FILES[1]]}
-    return AzureStore(container, prefix=prefix or None, retry_config=retrying, client_options=_TIMEOUTS, **account)
+        options |= {"account_name": named[_AZURE_FILES[0]], "account_key": named[_AZURE_FILES[1]]}
+    client = _client_options(location.endpoint)
+    return AzureStore(container, prefix=prefix or None, retry_config=retrying, client_options=client, **options)
+
+
+def _client_options(endpoint: str | None) -> "ClientConfig":
+    return {**_TIMEOUTS, "allow_http": (endpoint or "").startswith("http://")}
 
 
 def _endpoint(location: Location) -> str | None:
