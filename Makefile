@@ -23,6 +23,13 @@ demo: .venv/.demo ## Caption two samples by the whole chain on 127.0.0.1:PORT, t
 test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
 
+.PHONY: e2e e2e-quick
+e2e: .venv/.dev ## Images, chart and tests on a cluster (KUBECONFIG, or kind; `python scripts/e2e.py --help`)
+	@$(BIN)/python scripts/e2e.py --report docs/e2e.md $(ARGS)
+
+e2e-quick: .venv/.dev ## The quick part: chart in, pipeline Ready, right captions, a batch with a killed worker
+	@$(BIN)/python scripts/e2e.py --quick $(ARGS)
+
 .PHONY: accuracy
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
 	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part))
