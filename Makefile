@@ -23,9 +23,18 @@ demo: .venv/.demo ## Caption two samples by the whole chain on 127.0.0.1:PORT, t
 test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
 
+<<<<<<< HEAD
 .PHONY: chaos
 chaos: .venv/.dev ## Kill, starve and confuse batches of thousands of items for some minutes (CHAOS_ITEMS=n, CHAOS_SEED=n)
 	@$(BIN)/pytest -m chaos -s tests/jobs $(ARGS)
+=======
+.PHONY: e2e e2e-quick
+e2e: .venv/.dev ## Images, chart and tests on a cluster (KUBECONFIG, or kind; `python scripts/e2e.py --help`)
+	@$(BIN)/python scripts/e2e.py --report docs/e2e.md $(ARGS)
+
+e2e-quick: .venv/.dev ## The quick part: chart in, pipeline Ready, right captions, a batch with a killed worker
+	@$(BIN)/python scripts/e2e.py --quick $(ARGS)
+>>>>>>> main
 
 .PHONY: accuracy
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)

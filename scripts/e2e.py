@@ -1,0 +1,162 @@
+"""The product on a cluster: images built and loaded, the chart installed, then tests/e2e; times in a report.
+
+KUBECONFIG or the current context names the cluster; without one, kind makes it (KIND_NODE_IMAGE). KServe must be there,
+or KSERVE_CHARTS is a folder with its charts kserve-crd and kserve-resources. BASE_IMAGE goes to the Dockerfile. What
+E2E_REGISTRY names (such as localhost:5001) is pushed to, instead of `kind load`. E2E_S3_IMAGE is an image of versitygw,
+by default built of the executable on PATH.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {"gateway": "sightline-gateway", "operator": "sightline-operator", "predictor-cpu": "sightline-predictor"}
+TIMES: list[tuple[str, float]] = []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only tests/e2e/test_quick.py")
+    parser.add_argument("--namespace", default="sightline-e2e", help="of the release; made, and deleted in the end")
+    parser.add_argument("--tag", default="e2e", help="of the images")
+    parser.add_argument("--skip-images", action="store_true", help="they are where the nodes pull from already")
+    parser.add_argument("--keep", action="store_true", help="leave the release there")
+    parser.add_argument("--report", type=Path, help="file for the times, as Markdown")
+    options = parser.parse_args()
+    missing = [name for name in ("kubectl", "helm") if shutil.which(name) is None]
+    if missing:
+        sys.exit(f"{' and '.join(missing)} must be on PATH")
+    with _step("cluster"):
+        _cluster()
+    with _step("images"):
+        s3_image = _images(options.tag, is_there=options.skip_images)
+    with _step("install"):
+        _install(options.namespace, options.tag)
+    with _step("tests"):
+        code = _test(options.namespace, s3_image, is_quick=options.quick)
+    if code:
+        _keep_evidence(options.namespace)
+    elif not options.keep:
+        with _step("uninstall"):
+            _uninstall(options.namespace)
+    _report(options.report)
+    return code
+
+
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    print(f"--- {name}", flush=True)
+    begun = time.monotonic()
+    yield
+    TIMES.append((name, time.monotonic() - begun))
+
+
+def _run(*words: str, **more: object) -> None:
+    print("+", " ".join(words), flush=True)
+    subprocess.run(words, check=True, cwd=ROOT, **more)  # pyright: ignore
+
+
+def _says(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _cluster() -> None:
+    if not _says("kubectl", "version", "-o", "name", "--request-timeout=5s") and not _says("kubectl", "get", "nodes"):
+        image = os.environ.get("KIND_NODE_IMAGE")
+        _run("kind", "create", "cluster", *(["--image", image] if image else []))
+    if not _says("kubectl", "get", "crd", "inferenceservices.serving.kserve.io", "-o", "name"):
+        charts = os.environ.get("KSERVE_CHARTS")
+        if not charts:
+            sys.exit("this cluster has no KServe: install it, or say where its charts are by KSERVE_CHARTS")
+        settings = "kserve.controller.deploymentMode=Standard,kserve.controller.gateway.disableIngressCreation=true"
+        _run("helm", "install", "kserve-crd", f"{charts}/kserve-crd", "-n", "kserve", "--create-namespace", "--wait")
+        _run("helm", "install", "kserve", f"{charts}/kserve-resources", "-n", "kserve", "--set", settings, "--wait")
+
+
+def _prefix() -> str:
+    registry = os.environ.get("E2E_REGISTRY")
+    return f"{registry}/" if registry else ""
+
+
+def _images(tag: str, *, is_there: bool) -> str:
+    """Build ours, and one of the S3 server. Returns the latter's name."""
+    s3_image = os.environ.get("E2E_S3_IMAGE") or f"{_prefix()}versitygw:{tag}"
+    if is_there:
+        return s3_image
+    base = os.environ.get("BASE_IMAGE")
+    argument = ["--build-arg", f"BASE_IMAGE={base}"] if base else []
+    built = []
+    for target, name in TARGETS.items():
+        built.append(f"{_prefix()}{name}:{tag}")
+        _run("docker", "build", "-q", "--target", target, *argument, "-t", built[-1], ".")
+    if "E2E_S3_IMAGE" not in os.environ:
+        built.append(s3_image)
+        _build_s3(s3_image, argument)
+    for image in built:
+        _run("docker", "push", "-q", image) if _prefix() else _run("kind", "load", "docker-image", image)
+    return s3_image
+
+
+def _build_s3(image: str, argument: list[str]) -> None:
+    executable = shutil.which("versitygw")
+    if executable is None:
+        sys.exit("versitygw is not on PATH: install it, or name an image of it by E2E_S3_IMAGE")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(executable, Path(folder) / "versitygw")
+        lines = ["ARG BASE_IMAGE=python:3.12-slim", "FROM ${BASE_IMAGE}", "COPY versitygw /usr/local/bin/"]
+        lines += [
+            "RUN mkdir -p /data",
+            'ENTRYPOINT ["/bin/sh", "-c", "mkdir -p /data/meta /data/objects; exec versitygw \\"$@\\"", "-"]',
+        ]
+        (Path(folder) / "Dockerfile").write_text("\n".join(lines) + "\n")
+        _run("docker", "build", "-q", *argument, "-t", image, folder)
+
+
+def _install(namespace: str, tag: str) -> None:
+    words = ["--set", f"imagePrefix={_prefix()},imageTag={tag}", "-f", str(ROOT / "tests/e2e/values.yaml")]
+    _run("helm", "upgrade", "--install", "sightline", "charts/sightline", "-n", namespace, "--create-namespace", *words)
+
+
+def _test(namespace: str, s3_image: str, *, is_quick: bool) -> int:
+    environment = os.environ | {"E2E_NAMESPACE": namespace, "E2E_S3_IMAGE": s3_image}
+    tests = ["tests/e2e/test_quick.py"] if is_quick else ["tests/e2e"]
+    command = [sys.executable, "-m", "pytest", "-x", "-v", *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def _uninstall(namespace: str) -> None:
+    """Nothing of ours may hold up the end of a namespace."""
+    _run("helm", "uninstall", "sightline", "-n", namespace, "--wait")
+    _run("kubectl", "delete", "namespace", namespace, "--timeout=300s")
+
+
+def _keep_evidence(namespace: str) -> None:
+    folder = Path(os.environ.get("E2E_EVIDENCE") or tempfile.mkdtemp(prefix="sightline-e2e-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = "vpipe,vbatch,isvc,deployments,jobs,pods,services,configmaps,events"
+    (folder / "objects.yaml").write_text(_says("kubectl", "get", kinds, "-n", namespace, "-o", "yaml"))
+    (folder / "events.txt").write_text(_says("kubectl", "get", "events", "-n", namespace, "--sort-by=.lastTimestamp"))
+    for pod in _says("kubectl", "get", "pods", "-n", namespace, "-o", "name").splitlines():
+        log = _says("kubectl", "logs", "-n", namespace, pod, "--all-containers", "--tail=500")
+        (folder / f"{pod.rpartition('/')[2]}.log").write_text(log)
+    print(f"logs, events and objects are in {folder}", flush=True)
+
+
+def _report(file: Path | None) -> None:
+    rows = [f"| {name} | {seconds:.0f} |" for name, seconds in TIMES]
+    text = "\n".join(["| step | seconds |", "|---|---:|", *rows]) + "\n"
+    print(text, flush=True)
+    if file is not None:
+        file.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
