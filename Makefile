@@ -23,18 +23,16 @@ demo: .venv/.demo ## Caption two samples by the whole chain on 127.0.0.1:PORT, t
 test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 	@$(BIN)/pytest $(ARGS)
 
-<<<<<<< HEAD
 .PHONY: chaos
 chaos: .venv/.dev ## Kill, starve and confuse batches of thousands of items for some minutes (CHAOS_ITEMS=n, CHAOS_SEED=n)
 	@$(BIN)/pytest -m chaos -s tests/jobs $(ARGS)
-=======
+
 .PHONY: e2e e2e-quick
 e2e: .venv/.dev ## Images, chart and tests on a cluster (KUBECONFIG, or kind; `python scripts/e2e.py --help`)
 	@$(BIN)/python scripts/e2e.py --report docs/e2e.md $(ARGS)
 
 e2e-quick: .venv/.dev ## The quick part: chart in, pipeline Ready, right captions, a batch with a killed worker
 	@$(BIN)/python scripts/e2e.py --quick $(ARGS)
->>>>>>> main
 
 .PHONY: accuracy
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
@@ -102,7 +100,7 @@ clean: ## Remove the environment and caches
 .PHONY: help
 help: ## Show this
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+		/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.dev: operator/pyproject.toml
 .venv/.demo .venv/.dev: .venv/.%: requirements/%.txt requirements/uv.txt predictors/pyproject.toml scripts/environment.py
