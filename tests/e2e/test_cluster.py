@@ -1,0 +1,243 @@
+"""What a cluster does to a pipeline, and what is left of it: five models, repairs, a late GPU, rolls and losses."""
+
+import contextlib
+import json
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import tritonclient.http as triton
+from numpy import array, object_
+
+from tests.conftest import ROOT
+from tests.e2e.conftest import RELEASE, Cluster
+from tests.e2e.test_quick import batch, is_over, results, seeded
+from tests.scenes import RED_CIRCLE, red_circle
+
+pytestmark = pytest.mark.usefixtures("gateway")
+CHART = ROOT / "charts" / "sightline"
+
+
+def helm(*words: str) -> None:
+    done = subprocess.run(["helm", *words], capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def model_pods(cluster: Cluster) -> set[str]:
+    pods = cluster.all("pods", f"sightline.dev/pipeline={RELEASE},app.kubernetes.io/component in (caption,enhance)")
+    return {pod["metadata"]["uid"] for pod in pods if "deletionTimestamp" not in pod["metadata"]}
+
+
+def caption(gateway: httpx.Client, **fields: Any) -> httpx.Response:
+    return gateway.post("/caption", files={"image": red_circle()}, data=fields)
+
+
+# --- every model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def five(cluster: Cluster) -> Iterator[None]:
+    """All five predictors of the chart, beside the pipeline's own two."""
+    small = {"requests": {"cpu": "50m", "memory": "768Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
+    on = {name: {"enabled": True, "resources": small} for name in ("describe", "generate", "embed", "enhance", "blip")}
+    words = ("upgrade", RELEASE, str(CHART), "-n", cluster.namespace, "--reuse-values")
+    helm(*words, "--set-json", f"predictors={json.dumps(on)}")
+    yield
+    helm(*words, "--set-json", f"predictors={json.dumps({name: {'enabled': False} for name in on})}")
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        ("describe", {"image": [red_circle()]}, "text"),
+        ("generate", {"prompt": [b"What is this?"], "image": [red_circle()]}, "text"),
+        ("embed", {"image": [red_circle()]}, "vectors"),
+        ("enhance", {"caption": [b"a large red circle on a white background"]}, "text"),
+        ("blip", {"image": [red_circle()]}, "text"),
+    ],
+)
+@pytest.mark.usefixtures("five")
+def test_each_of_the_five_answers_by_triton_s_client(
+    model: str, given: dict[str, list[bytes]], said: str, cluster: Cluster, api_key: str
+):
+    name = f"{RELEASE}-{model}"
+    cluster.until(lambda: cluster.condition("isvc", name, "Ready").get("status") == "True", f"{model} is Ready")
+    with cluster.forwarded(f"service/{name}-predictor", 80) as url:
+        client = triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=180, connection_timeout=60)
+        headers = {"X-API-Key": api_key}
+        declared = {item["name"] for item in client.get_model_metadata(model, headers=headers)["inputs"]}
+        tensors = []
+        for tensor, values in given.items():
+            assert tensor in declared, declared
+            tensors.append(triton.InferInput(tensor, [len(values)], "BYTES"))
+            tensors[-1].set_data_from_numpy(array(values, dtype=object_), binary_data=True)
+        answer = client.infer(model, tensors, headers=headers).as_numpy(said)
+        assert answer.size > 0
+        if model in {"describe", "blip"}:
+            assert "red circle" in answer[0].decode()
+
+
+# --- what anybody breaks ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_deleted_or_changed_comes_back(cluster: Cluster):
+    before = model_pods(cluster)
+    cluster.kubectl("delete", "service", f"{RELEASE}-gateway")
+    cluster.until(lambda: cluster.get("service", f"{RELEASE}-gateway"), "the Service is back", 120)
+    change = {"spec": {"template": {"spec": {"containers": [{"name": "gateway", "image": "somebody/elses:1"}]}}}}
+    name = f"{RELEASE}-gateway"
+    cluster.kubectl("patch", "deployment", name, "--type=strategic", "-p", json.dumps(change))
+
+    def image() -> str:
+        deployment = cluster.get("deployment", name)
+        assert deployment is not None
+        return deployment["spec"]["template"]["spec"]["containers"][0]["image"]
+
+    cluster.until(lambda: "somebody" not in image(), "the image is ours again", 180)
+    cluster.until(lambda: cluster.condition("vpipe", RELEASE, "Ready").get("status") == "True", "Ready again")
+    assert model_pods(cluster) == before
+
+
+def test_another_operator_restarts_no_model(cluster: Cluster):
+    before = model_pods(cluster)
+    deployment = cluster.all("deployments", "app.kubernetes.io/name=sightline-operator")[0]["metadata"]["name"]
+    cluster.kubectl("rollout", "restart", f"deployment/{deployment}")
+    cluster.kubectl("rollout", "status", f"deployment/{deployment}", "--timeout=300s")
+    pods = cluster.all("pods", "app.kubernetes.io/name=sightline-operator")
+    new = next(pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"])
+    cluster.until(lambda: "leading" in cluster.kubectl("logs", new), "the new one leads", 120)
+    assert cluster.condition("vpipe", RELEASE, "Ready")["status"] == "True"
+    assert model_pods(cluster) == before
+
+
+def test_without_the_enhancer_captions_go_on_and_say_so(cluster: Cluster, gateway: httpx.Client):
+    selector = f"sightline.dev/pipeline={RELEASE},app.kubernetes.io/component=enhance"
+    cluster.kubectl("delete", "pod", "-l", selector, "--wait=true", "--grace-period=1")
+    answer = caption(gateway, use_gpt_oss="true")
+    assert answer.status_code == 200, answer.text
+    said = answer.json()
+    if not said["enhanced"]:  # it may have been back already
+        assert said["enhancement_error"]["code"]
+        assert RED_CIRCLE in said["caption"]
+    cluster.until(lambda: caption(gateway, use_gpt_oss="true").json()["enhanced"], "captions are enhanced again")
+
+
+def test_a_pipeline_that_needs_a_gpu_waits_for_one(cluster: Cluster):
+    def step(**more: Any) -> dict[str, Any]:
+        small = {"requests": {"cpu": "50m", "memory": "768Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
+        return {"inferenceService": {"resources": small, **more}}
+
+    container = {"name": "kserve-container", "env": [{"name": "DEVICE", "value": "cpu"}]}
+    override = {"spec": {"containers": [container]}}
+    auth = {"apiKeysSecretRef": {"name": f"{RELEASE}-keys", "key": "keys"}}
+    spec = {
+        "caption": step(gpu={"count": 1}, podTemplateOverrides=override),
+        "gateway": {"auth": auth, "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}}},
+        "enhancePolicy": {"default": "Never"},
+    }
+    pipeline = {
+        "apiVersion": "sightline.dev/v1alpha1",
+        "kind": "VisionPipeline",
+        "metadata": {"name": "gpu"},
+        "spec": spec,
+    }
+    cluster.apply(pipeline)
+    try:
+        reason = lambda: cluster.condition("vpipe", "gpu", "CaptionReady").get("reason")  # noqa: E731
+        cluster.until(lambda: reason() == "InsufficientGPU", "the condition says that there is no GPU", 180)
+        with _gpus(cluster, 1):
+            cluster.until(
+                lambda: cluster.condition("vpipe", "gpu", "Ready").get("status") == "True", "Ready with a GPU"
+            )
+            spec["caption"]["inferenceService"]["podTemplateOverrides"]["metadata"] = {"labels": {"again": "yes"}}
+            cluster.apply(pipeline)  # a new version on the only GPU
+
+            def is_rolled() -> bool:
+                pods = cluster.all("pods", "again=yes")
+                states = [status for pod in pods for status in pod["status"].get("containerStatuses", [])]
+                return bool(states) and all(status["ready"] for status in states)
+
+            cluster.until(is_rolled, "the new version has the only GPU", 300)
+    finally:
+        cluster.kubectl("delete", "vpipe", "gpu", "--wait=true")
+
+
+@contextlib.contextmanager
+def _gpus(cluster: Cluster, count: int) -> Iterator[None]:
+    """A GPU that only the scheduler believes in."""
+    node = json.loads(cluster.kubectl("get", "nodes", "-o", "json"))["items"][0]["metadata"]["name"]
+
+    def patch(*changes: dict[str, str]) -> None:
+        words = ("patch", "node", node, "--subresource=status", "--type=json", "-p", json.dumps(changes))
+        cluster.kubectl(*words)
+
+    path = "/status/capacity/nvidia.com~1gpu"
+    patch({"op": "add", "path": path, "value": str(count)})
+    try:
+        yield
+    finally:
+        patch({"op": "remove", "path": path})
+
+
+def test_no_request_is_lost_while_a_model_rolls(cluster: Cluster, gateway: httpx.Client):
+    seen: Counter[int] = Counter()
+    wrong: list[str] = []
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            try:
+                answer = caption(gateway, use_gpt_oss="false")
+            except httpx.TransportError as error:  # the tunnel's, which is not what is tested
+                wrong.append(repr(error))
+                continue
+            seen[answer.status_code] += 1
+            if answer.status_code != 200 and not (answer.status_code in {429, 503} and "retry-after" in answer.headers):
+                wrong.append(f"{answer.status_code} {answer.text}")
+
+    before = model_pods(cluster)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        change = {
+            "spec": {"caption": {"inferenceService": {"podTemplateOverrides": {"metadata": {"labels": {"roll": "1"}}}}}}
+        }
+        cluster.kubectl("patch", "vpipe", RELEASE, "--type=merge", "-p", json.dumps(change))
+        cluster.until(lambda: cluster.all("pods", "roll=1"), "a new pod comes", 180)
+        cluster.until(
+            lambda: len(model_pods(cluster) - before) == 1 and len(model_pods(cluster)) == 2, "it has rolled", 300
+        )
+        cluster.until(lambda: cluster.condition("vpipe", RELEASE, "Ready").get("status") == "True", "Ready")
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert seen[200] > 10
+    assert not wrong, wrong[:5]
+
+
+def test_300_images_with_a_worker_the_gateway_and_the_operator_killed(cluster: Cluster, store: Any):
+    truth = seeded(store, "faults/", 300, seed=5)
+    cluster.apply(batch("faults", "faults/", shardSize=50, chunkSize=10))
+    done = lambda: len(store.list_objects_v2(Bucket="captions", Prefix="faults/").get("Contents", []))  # noqa: E731
+    for selector in (
+        "app.kubernetes.io/component=worker,batch.kubernetes.io/job-completion-index",
+        f"sightline.dev/pipeline={RELEASE},app.kubernetes.io/component=gateway",
+        "app.kubernetes.io/name=sightline-operator",
+    ):
+        before = done()
+        cluster.until(lambda: done() > before or is_over(cluster, "faults"), "chunks are written")  # noqa: B023
+        running = [pod for pod in cluster.all("pods", selector) if pod["status"].get("phase") == "Running"]
+        if running:
+            cluster.kubectl("delete", "pod", running[0]["metadata"]["name"], "--grace-period=0", "--force")
+    cluster.until(lambda: is_over(cluster, "faults"), "the batch is over")
+    said = cluster.get("vbatch", "faults")
+    assert said is not None
+    rows = results(store, said)
+    assert sorted(row["custom_id"] for row in rows) == sorted(truth)
+    assert sum(truth[row["custom_id"]] in row["caption"] for row in rows) >= 0.95 * len(truth)
