@@ -162,6 +162,20 @@ def test_the_operator_understands_its_words():
         assert not any(image.startswith("sightline-describe") for image in settings.render.images.values())
 
 
+def test_the_models_of_the_pipeline_and_of_the_chart_have_names_of_their_own():
+    from sightline_operator.render import render_pipeline
+    from sightline_operator.settings import RenderSettings
+
+    made = rendered("-f", str(SHAPES["laptop"]))
+    names = {(item["kind"], item["metadata"]["name"]) for item in made}
+    (pipeline,) = of(made, "VisionPipeline").values()
+    pipeline["metadata"]["namespace"] = "vision"
+    children = render_pipeline(pipeline, RenderSettings(), frozenset({"InferenceService"}))
+    theirs = {(item["kind"], item["metadata"]["name"]) for item in children}
+    assert len(theirs) > 5
+    assert not names & theirs
+
+
 def test_a_pipeline_is_one_that_its_own_types_take():
     from sightline_operator.api import Pipeline
 
@@ -186,6 +200,7 @@ def test_a_pipeline_is_one_that_its_own_types_take():
         ("imagePrefix=images.example", "imagePrefix"),
         ("pipeline.name=Not_A_Name", "name"),
         ("kueue.localQueue=batches", "kueue.clusterQueue"),
+        ("pipeline.enabled=true,pipeline.name=it-sightline", "pipeline.name"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_name(words: str, named: str):

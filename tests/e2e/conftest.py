@@ -17,6 +17,8 @@ import yaml
 
 PATIENCE_SECONDS = 900
 RELEASE = "sightline"
+PIPELINE = "captions"
+"""As in values.yaml of the chart."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,9 +100,11 @@ def api_key(cluster: Cluster) -> str:
 @pytest.fixture
 def gateway(cluster: Cluster, api_key: str) -> Iterator[httpx.Client]:
     """The pipeline's gateway, by a port of this machine; made anew for each test, as gateways are killed here."""
-    cluster.until(lambda: cluster.condition("vpipe", RELEASE, "Ready").get("status") == "True", "the pipeline is Ready")
+    cluster.until(
+        lambda: cluster.condition("vpipe", PIPELINE, "Ready").get("status") == "True", "the pipeline is Ready"
+    )
     with (
-        cluster.forwarded(f"service/{RELEASE}-gateway", 80) as url,
+        cluster.forwarded(f"service/{PIPELINE}-gateway", 80) as url,
         httpx.Client(base_url=url, headers={"X-API-Key": api_key}, timeout=180, trust_env=False) as client,
     ):
         yield client

@@ -14,7 +14,7 @@ import tritonclient.http as triton
 from numpy import array, object_
 
 from tests.conftest import ROOT
-from tests.e2e.conftest import RELEASE, Cluster
+from tests.e2e.conftest import PIPELINE, RELEASE, Cluster
 from tests.e2e.test_quick import batch, is_over, results, seeded
 from tests.scenes import RED_CIRCLE, red_circle
 
@@ -28,7 +28,7 @@ def helm(*words: str) -> None:
 
 
 def model_pods(cluster: Cluster) -> set[str]:
-    pods = cluster.all("pods", f"sightline.dev/pipeline={RELEASE},app.kubernetes.io/component in (caption,enhance)")
+    pods = cluster.all("pods", f"sightline.dev/pipeline={PIPELINE},app.kubernetes.io/component in (caption,enhance)")
     return {pod["metadata"]["uid"] for pod in pods if "deletionTimestamp" not in pod["metadata"]}
 
 
@@ -86,10 +86,10 @@ def test_each_of_the_five_answers_by_triton_s_client(
 
 def test_what_is_deleted_or_changed_comes_back(cluster: Cluster):
     before = model_pods(cluster)
-    cluster.kubectl("delete", "service", f"{RELEASE}-gateway")
-    cluster.until(lambda: cluster.get("service", f"{RELEASE}-gateway"), "the Service is back", 120)
+    cluster.kubectl("delete", "service", f"{PIPELINE}-gateway")
+    cluster.until(lambda: cluster.get("service", f"{PIPELINE}-gateway"), "the Service is back", 120)
     change = {"spec": {"template": {"spec": {"containers": [{"name": "gateway", "image": "somebody/elses:1"}]}}}}
-    name = f"{RELEASE}-gateway"
+    name = f"{PIPELINE}-gateway"
     cluster.kubectl("patch", "deployment", name, "--type=strategic", "-p", json.dumps(change))
 
     def image() -> str:
@@ -98,7 +98,7 @@ def test_what_is_deleted_or_changed_comes_back(cluster: Cluster):
         return deployment["spec"]["template"]["spec"]["containers"][0]["image"]
 
     cluster.until(lambda: "somebody" not in image(), "the image is ours again", 180)
-    cluster.until(lambda: cluster.condition("vpipe", RELEASE, "Ready").get("status") == "True", "Ready again")
+    cluster.until(lambda: cluster.condition("vpipe", PIPELINE, "Ready").get("status") == "True", "Ready again")
     assert model_pods(cluster) == before
 
 
@@ -110,12 +110,12 @@ def test_another_operator_restarts_no_model(cluster: Cluster):
     pods = cluster.all("pods", "app.kubernetes.io/name=sightline-operator")
     new = next(pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"])
     cluster.until(lambda: "leading" in cluster.kubectl("logs", new), "the new one leads", 120)
-    assert cluster.condition("vpipe", RELEASE, "Ready")["status"] == "True"
+    assert cluster.condition("vpipe", PIPELINE, "Ready")["status"] == "True"
     assert model_pods(cluster) == before
 
 
 def test_without_the_enhancer_captions_go_on_and_say_so(cluster: Cluster, gateway: httpx.Client):
-    selector = f"sightline.dev/pipeline={RELEASE},app.kubernetes.io/component=enhance"
+    selector = f"sightline.dev/pipeline={PIPELINE},app.kubernetes.io/component=enhance"
     cluster.kubectl("delete", "pod", "-l", selector, "--wait=true", "--grace-period=1")
     answer = caption(gateway, use_gpt_oss="true")
     assert answer.status_code == 200, answer.text
@@ -207,12 +207,12 @@ def test_no_request_is_lost_while_a_model_rolls(cluster: Cluster, gateway: httpx
         change = {
             "spec": {"caption": {"inferenceService": {"podTemplateOverrides": {"metadata": {"labels": {"roll": "1"}}}}}}
         }
-        cluster.kubectl("patch", "vpipe", RELEASE, "--type=merge", "-p", json.dumps(change))
+        cluster.kubectl("patch", "vpipe", PIPELINE, "--type=merge", "-p", json.dumps(change))
         cluster.until(lambda: cluster.all("pods", "roll=1"), "a new pod comes", 180)
         cluster.until(
             lambda: len(model_pods(cluster) - before) == 1 and len(model_pods(cluster)) == 2, "it has rolled", 300
         )
-        cluster.until(lambda: cluster.condition("vpipe", RELEASE, "Ready").get("status") == "True", "Ready")
+        cluster.until(lambda: cluster.condition("vpipe", PIPELINE, "Ready").get("status") == "True", "Ready")
     finally:
         is_over.set()
         for thread in threads:
@@ -227,7 +227,7 @@ def test_300_images_with_a_worker_the_gateway_and_the_operator_killed(cluster: C
     done = lambda: len(store.list_objects_v2(Bucket="captions", Prefix="faults/").get("Contents", []))  # noqa: E731
     for selector in (
         "app.kubernetes.io/component=worker,batch.kubernetes.io/job-completion-index",
-        f"sightline.dev/pipeline={RELEASE},app.kubernetes.io/component=gateway",
+        f"sightline.dev/pipeline={PIPELINE},app.kubernetes.io/component=gateway",
         "app.kubernetes.io/name=sightline-operator",
     ):
         before = done()

@@ -9,21 +9,23 @@ import httpx
 import tritonclient.http as triton
 from numpy import array, object_
 
-from tests.e2e.conftest import RELEASE, Cluster
+from tests.e2e.conftest import PIPELINE, RELEASE, Cluster
 from tests.scenes import RED_CIRCLE, encoded, random_scene, red_circle
 
 IMAGES = 60
 
 
 def test_the_pipeline_is_ready_and_says_so(cluster: Cluster):
-    cluster.until(lambda: cluster.condition("vpipe", RELEASE, "Ready").get("status") == "True", "the pipeline is Ready")
-    pipeline = cluster.get("vpipe", RELEASE)
+    cluster.until(
+        lambda: cluster.condition("vpipe", PIPELINE, "Ready").get("status") == "True", "the pipeline is Ready"
+    )
+    pipeline = cluster.get("vpipe", PIPELINE)
     assert pipeline is not None
     status = pipeline["status"]
     assert status["observedGeneration"] == pipeline["metadata"]["generation"]
     assert {step["name"]: step["ready"] for step in status["steps"]} == {"caption": True, "enhance": True}
-    row = cluster.kubectl("get", "vpipe", RELEASE, "--no-headers").split()
-    assert row[:2] == [RELEASE, "True"]
+    row = cluster.kubectl("get", "vpipe", PIPELINE, "--no-headers").split()
+    assert row[:2] == [PIPELINE, "True"]
 
 
 def test_helm_test_passes(cluster: Cluster):
@@ -59,7 +61,7 @@ def batch(name: str, prefix: str, **more: Any) -> dict[str, Any]:
         return {"bucket": bucket, "prefix": prefix, **own}
 
     spec = {
-        "pipelineRef": {"name": RELEASE},
+        "pipelineRef": {"name": PIPELINE},
         "input": {"s3Prefix": at("images")},
         "output": {"s3": at("captions")},
         "options": {"enhance": "Never"},
