@@ -386,7 +386,7 @@ class Runner:
     async def _work(self, job: Job, lease: Lease, plan: Plan | None) -> None:
         live = self._live[job.id]
         async with self._leases.held(lease):
-            watching = asyncio.create_task(self._watch(job, lease, live))
+            watching = asyncio.create_task(self._watch(job, lease, live, is_new=plan is not None))
             try:
                 plan = plan or await self._planned(job)
                 live.status, live.total = "running", plan.items
@@ -400,9 +400,16 @@ class Runner:
             finally:
                 watching.cancel()
 
-    async def _watch(self, job: Job, lease: Lease, live: _Live) -> None:
-        """End a job early when its time is over or somebody wants it; leave it when somebody else holds it."""
+    async def _watch(self, job: Job, lease: Lease, live: _Live, *, is_new: bool) -> None:
+        """End a job early when its time is over or somebody wants it; leave it when somebody else holds it.
+
+        is_new  nobody can have wanted anything yet
+        """
+        if is_new:
+            await asyncio.sleep(self._pause(job))
         while True:
+            if job.deadline is not None and self._clock() >= job.deadline:
+                live.end_early("batch_expired")
             try:
                 if (at := await self._records.cancelled_at(job.id)) is not None:
                     live.times.setdefault("cancelling", at)
@@ -415,11 +422,12 @@ class Runner:
                     return
             except Exception:  # the store may be away for a while
                 log.warning("cannot look after job %s/%s", self._kind, job.id, exc_info=True)
-            left = WATCH_SECONDS if job.deadline is None else min(WATCH_SECONDS, job.deadline - self._clock())
-            if left <= 0:
-                live.end_early("batch_expired")
-                left = WATCH_SECONDS
-            await asyncio.sleep(left)
+            await asyncio.sleep(self._pause(job))
+
+    def _pause(self, job: Job) -> float:
+        """Seconds until the next look at a job."""
+        left = WATCH_SECONDS if job.deadline is None else job.deadline - self._clock()
+        return min(WATCH_SECONDS, left) if left > 0 else WATCH_SECONDS
 
     async def _planned(self, job: Job) -> Plan:
         """The plan of a job, made when there is none. Raises InputFault."""
