@@ -74,7 +74,7 @@ openapi: .venv/.dev ## Write docs/openapi/*.json, without loading a model
 	@$(BIN)/python scripts/openapi.py
 
 .PHONY: manifests
-manifests: .venv/.dev ## Write manifests/{crd,rendered} and docs/operator from the operator's source and manifests/samples
+manifests: .venv/.dev ## Write manifests/{crd,rbac,rendered} and docs/operator from the operator's source and manifests/samples
 	@$(BIN)/python scripts/manifests.py
 
 .PHONY: verify
