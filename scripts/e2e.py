@@ -128,7 +128,7 @@ def _install(namespace: str, tag: str) -> None:
 def _test(namespace: str, s3_image: str, *, is_quick: bool) -> int:
     environment = os.environ | {"E2E_NAMESPACE": namespace, "E2E_S3_IMAGE": s3_image}
     tests = ["tests/e2e/test_quick.py"] if is_quick else ["tests/e2e"]
-    command = [sys.executable, "-m", "pytest", "-x", "-v", *tests]
+    command = [sys.executable, "-m", "pytest", "-v", *tests]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

@@ -27,7 +27,8 @@ from tests.jobs.pictures import picture
 from tests.jobs.threads import looping
 
 ENDPOINT = "/v1/chat/completions"
-KEYS = ("one", "two")
+KEYS = ("one", "two", *(f"key-{number}" for number in range(64)))
+"""Files and batches are a key's own: a test with one of its own has a gateway to itself."""
 ENDED = ("completed", "failed", "expired", "cancelled")
 DEADLINE_SECONDS = 120.0
 

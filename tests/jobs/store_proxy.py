@@ -76,6 +76,7 @@ class StoreProxy:
 
     error_share     of calls fail: a third 503 SlowDown, a third 500, and a third is done but its answer is lost
     conflict_share  of conditional writes are answered 409 ConditionalRequestConflict, and not done
+    conflicts_once  the first conditional write of every key is
     is_black        every call is cut off: the network is gone
     is_full         every write is answered 507
     """
@@ -84,6 +85,7 @@ class StoreProxy:
     url: str = ""
     error_share: float = 0.0
     conflict_share: float = 0.0
+    conflicts_once: bool = False
     is_black: bool = False
     is_full: bool = False
     calls: list[tuple[Call, int]] = field(default_factory=list[tuple[Call, int]])
@@ -91,6 +93,7 @@ class StoreProxy:
     faults: Counter[str] = field(default_factory=Counter[str])
     hooks: list[Hook] = field(default_factory=list[Hook])
     rng: random.Random = field(default_factory=lambda: random.Random(11))
+    _conflicted: set[str] = field(default_factory=set[str])
 
     def at(self, method: str, pattern: str, when: When, action: Action, *, after_calls: int = 0) -> Hook:
         """Do something at the next such call, `after_calls` later ones still to pass. `hook.reached` is set then."""
@@ -189,11 +192,17 @@ class StoreProxy:
             return "black"
         if self.is_full and call.method in ("PUT", "POST"):
             return "InsufficientStorage"
-        if call.is_conditional and self.rng.random() < self.conflict_share:
+        if call.is_conditional and self._conflicts(call.key):
             return "ConditionalRequestConflict"
         if self.rng.random() < self.error_share:
             return self.rng.choice(["SlowDown", "InternalError", "lost"])
         return None
+
+    def _conflicts(self, key: str) -> bool:
+        if self.conflicts_once and key not in self._conflicted:
+            self._conflicted.add(key)
+            return True
+        return self.rng.random() < self.conflict_share
 
     def _refuse(self, call: Call, code: str) -> web.Response:
         status = {"SlowDown": 503, "InternalError": 500, "ConditionalRequestConflict": 409, "InsufficientStorage": 507}

@@ -204,11 +204,11 @@ def test_a_store_with_five_percent_errors(batch: Batch, undisturbed: Outcome) ->
     assert audit(batch) == undisturbed
 
 
-def test_a_store_that_answers_every_other_conditional_write_409(batch: Batch, undisturbed: Outcome) -> None:
+def test_a_store_that_answers_the_first_conditional_write_of_every_key_409(batch: Batch, undisturbed: Outcome) -> None:
     """Which says that somebody else writes, and not that it is written."""
-    batch.proxy.conflict_share = 0.5
+    batch.proxy.conflicts_once = True
     batch.through()
-    assert batch.proxy.faults["ConditionalRequestConflict"] > 0
+    assert batch.proxy.faults["ConditionalRequestConflict"] >= 8, "not even the chunks'"
     assert audit(batch) == undisturbed
 
 

@@ -126,6 +126,14 @@ async def test_a_chunk_that_is_not_its_items_lines_is_named_and_nothing_is_made(
     assert await outputs_of(batch) == {}
 
 
+@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'{"version": 2}', b'{"version": 1, "batch": []}'])
+async def test_a_manifest_that_is_none_is_said(text: bytes) -> None:
+    batch = await Written.whole(5)
+    await batch.objects.write(batch.layout.manifest, text)
+    with pytest.raises(PartCorrupt, match=r"MANIFEST\.json"):
+        await finish(batch.page, batch.objects)
+
+
 async def test_items_that_are_not_those_that_were_planned_are_no_basis() -> None:
     batch = await Written.whole(20)
     await batch.objects.write(batch.layout.items(batch.plan.attempt, 1), b'{"custom_id":"else"}\n')

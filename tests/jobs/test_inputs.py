@@ -1,10 +1,11 @@
 """What a batch is to do: prefixes, lists, uploads, earlier batches; what is wrong with them, in words that help."""
 
 import asyncio
+import re
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import pytest
@@ -345,6 +346,15 @@ def test_any_names_come_back_from_jsonl_and_csv(tmp_path_factory: pytest.TempPat
         assert [i.custom_id for i in await drawn(await listed(place, table.getvalue(), format="CSV"))] == names
 
     asyncio.run(read())
+
+
+@pytest.mark.parametrize(("fence", "form"), [("jsonl", "JSONL"), ("csv", "CSV"), ("openai", "OpenAIBatch")])
+async def test_the_examples_of_the_documentation_are_understood(s3: S3Server, fence: str, form: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs/batch-inputs.md").read_text()
+    (example,) = re.findall(rf"```{fence}\n(.*?)```", page, re.DOTALL)
+    items = await drawn(await listed(f"s3://{s3.bucket('documented')}/{fence}", example, format=form))
+    assert len(items) == {"jsonl": 3, "csv": 2, "openai": 1}[fence]
+    assert all(reason in page for reason in get_args(inputs.Reason))
 
 
 # --- an earlier batch ------------------------------------------------------------------------------------------------

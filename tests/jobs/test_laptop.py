@@ -18,6 +18,8 @@ from sightline.cli import app
 from sightline.jobs.laptop import CHUNK_SIZE
 from tests.jobs.pictures import caption_of, enhanced, picture
 from tests.jobs.stub import Stub, running_stub
+from tests.jobs.terminal import TERMINALS
+from tests.nursery import Forked
 from tests.s3 import S3Server
 
 PATIENCE_SECONDS = 60
@@ -333,31 +335,28 @@ class TestAfterwards:
 
 # --- real processes --------------------------------------------------------------------------------------------------
 
-Launch = Callable[..., "subprocess.Popen[str]"]
+Launch = Callable[..., Forked]
 
 
-def environment() -> dict[str, str]:
-    """Of this process, whose packages the command finds from any folder."""
-    return os.environ | {"PYTHONPATH": str(Path(sightline_package.__file__).resolve().parent.parent)}
+@pytest.fixture(scope="module", autouse=True)
+def _terminals() -> Iterator[None]:
+    yield
+    TERMINALS.close()
 
 
 @pytest.fixture
-def launch() -> Iterator[Launch]:
-    """Starts the command as a process of its own."""
-    started: list[subprocess.Popen[str]] = []
+def launch(home: Path, tmp_path: Path) -> Iterator[Launch]:
+    """Starts the command as a process of its own; what it says is in said.log."""
+    started: list[Forked] = []
 
-    def start(*words: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "sightline", "batch", *words]
-        started.append(
-            subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
-        )
+    def start(*words: str) -> Forked:
+        started.append(TERMINALS.start(list(words), tmp_path / "said.log", dict(os.environ), home))
         return started[-1]
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.kill()
+        process.wait(PATIENCE_SECONDS)
 
 
 def asked(stub: Stub, count: int) -> None:
@@ -368,9 +367,15 @@ def asked(stub: Stub, count: int) -> None:
         time.sleep(0.005)
 
 
-def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    _, said = process.communicate(timeout=PATIENCE_SECONDS)
-    return process.returncode, said
+def ended(process: Forked) -> tuple[int, str]:
+    """Its exit code and all that it said."""
+    code = process.wait(PATIENCE_SECONDS)
+    return code, Path("../said.log").read_text()
+
+
+def killed(process: Forked) -> None:
+    process.kill()
+    assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
 
 
 COUNT = 149
@@ -443,8 +448,7 @@ class TestStopping:
         for kill in range(kills):
             process = launch(*words)
             asked(stub, stub.given + 17 + 11 * kill)
-            process.kill()
-            process.communicate()
+            killed(process)
 
         sightline(*words, code=1)
 
@@ -503,8 +507,7 @@ class TestStopping:
     def test_cancel_of_one_that_was_stopped(self, words: list[str], stub: Stub, launch: Launch) -> None:
         process = launch(*words)
         asked(stub, 30)
-        process.kill()
-        process.communicate()
+        killed(process)
 
         sightline("cancel", "photos")
 
@@ -514,14 +517,16 @@ class TestStopping:
 
 
 def test_the_terminal_shows_a_bar_with_a_rate(home: Path, stub: Stub) -> None:
-    """On a terminal of its own: `script` would do the same."""
+    """The command as people start it, on a terminal of its own."""
     import pty
 
     album(home / "photos", 59)
     stub.delay_seconds = 0.05
+    packages = str(Path(sightline_package.__file__).resolve().parent.parent)
+    terminal = os.environ | {"TERM": "xterm", "PYTHONPATH": packages}
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "sightline", "batch", "run", "photos", "-o", "c.jsonl", "--url", stub.url]
-    with subprocess.Popen(command, stderr=follower, stdout=follower, env=environment() | {"TERM": "xterm"}) as process:
+    with subprocess.Popen(command, stderr=follower, stdout=follower, env=terminal) as process:
         os.close(follower)
         shown = b""
         while True:

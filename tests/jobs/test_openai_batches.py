@@ -13,6 +13,7 @@ from sightline.server import openai_batches
 from tests.jobs import pictures
 from tests.jobs.openai_gateway import (
     ENDPOINT,
+    KEYS,
     Gateway,
     album,
     ended,
@@ -25,27 +26,40 @@ from tests.jobs.openai_gateway import (
 )
 from tests.jobs.stub import Stub, running_stub
 
+_UNUSED = iter(KEYS[2:])
 
-@pytest.fixture
-def stub() -> Iterator[Stub]:
+
+@pytest.fixture(scope="module")
+def shared_stub() -> Iterator[Stub]:
     with running_stub() as stub:
         yield stub
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> str:
-    return f"file://{tmp_path / 'store'}"
-
-
-@pytest.fixture
-def gateway(stub: Stub, store: str) -> Iterator[Gateway]:
-    with running_gateway(stub.url, store) as gateway:
+@pytest.fixture(scope="module")
+def shared_gateway(shared_stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with running_gateway(shared_stub.url, f"file://{tmp_path_factory.mktemp('store')}") as gateway:
         yield gateway
 
 
 @pytest.fixture
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with gateway.client() as client:
+def stub(shared_stub: Stub) -> Stub:
+    """As new: quick, and nobody has asked it."""
+    shared_stub.delay_seconds, shared_stub.asks, shared_stub.given = 0.0, 0, 0
+    shared_stub.answered.clear()
+    shared_stub.refused.clear()
+    return shared_stub
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """Of gateways of a test's own."""
+    return f"file://{tmp_path / 'store'}"
+
+
+@pytest.fixture
+def client(shared_gateway: Gateway, stub: Stub) -> Iterator[openai.OpenAI]:
+    """With a key of the test's own, for which there is nothing yet."""
+    with shared_gateway.client(next(_UNUSED)) as client:
         yield client
 
 
@@ -117,8 +131,8 @@ def test_a_file_serves_two_batches(client: openai.OpenAI) -> None:
     assert outputs[0][0]["id"] != outputs[1][0]["id"]
 
 
-def test_the_routes_lie_below_openai_too(gateway: Gateway) -> None:
-    with gateway.client() as client, gateway.http() as http:
+def test_the_routes_lie_below_openai_too(shared_gateway: Gateway, stub: Stub) -> None:
+    with shared_gateway.client("one") as client, shared_gateway.http("one") as http:
         batch = ended(client, submit(client, album(1)))
         assert http.get(f"/openai/v1/batches/{batch.id}").json()["status"] == "completed"
         lines = http.get(f"/openai/v1/files/{batch.output_file_id}/content").text
@@ -128,8 +142,8 @@ def test_the_routes_lie_below_openai_too(gateway: Gateway) -> None:
 # --- whose it is -----------------------------------------------------------------------------------------------------
 
 
-def test_to_another_key_none_of_it_exists(gateway: Gateway) -> None:
-    with gateway.client("one") as mine, gateway.client("two") as yours:
+def test_to_another_key_none_of_it_exists(shared_gateway: Gateway, stub: Stub) -> None:
+    with shared_gateway.client(next(_UNUSED)) as mine, shared_gateway.client(next(_UNUSED)) as yours:
         file = mine.files.create(file=("a.jsonl", jsonl(album(1))), purpose="batch")
         batch = ended(mine, mine.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h"))
         assert batch.output_file_id is not None
@@ -150,8 +164,8 @@ def test_to_another_key_none_of_it_exists(gateway: Gateway) -> None:
         assert [each.id for each in mine.files.list()] == [file.id]
 
 
-def test_without_a_key_nothing_is_answered(gateway: Gateway) -> None:
-    with gateway.client("three") as nobody:
+def test_without_a_key_nothing_is_answered(shared_gateway: Gateway) -> None:
+    with shared_gateway.client("three") as nobody:
         for ask in (nobody.files.list, nobody.batches.list, lambda: submit(nobody, album(1))):
             with pytest.raises(openai.PermissionDeniedError):
                 ask()
@@ -217,18 +231,17 @@ def test_a_model_that_nobody_serves_costs_nothing(client: openai.OpenAI, stub: S
     assert not stub.asks
 
 
-def test_a_file_that_is_deleted_before_its_batch_begins_fails_it(stub: Stub, store: str) -> None:
-    with running_gateway(stub.url, store, batch_backend="local") as gateway, gateway.client() as client:
-        file = client.files.create(file=("a.jsonl", jsonl(album(2))), purpose="batch")
-        batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
-        client.files.delete(file.id)
-        batch = ended(client, batch)
-        # Whoever was faster: it has its requests, or it says that it has none.
-        if batch.status == "failed":
-            assert batch.errors is not None
-            assert [fault.code for fault in batch.errors.data or ()] == ["InputNotFound"]
-        else:
-            assert len(rows(client, batch.output_file_id)) == 2
+def test_a_file_may_be_deleted_while_its_batch_begins(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("a.jsonl", jsonl(album(2))), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+    client.files.delete(file.id)
+    batch = ended(client, batch)
+    # Whoever was faster: it has its requests, or it says that it has none.
+    if batch.status == "failed":
+        assert batch.errors is not None
+        assert [fault.code for fault in batch.errors.data or ()] == ["InputNotFound"]
+    else:
+        assert len(rows(client, batch.output_file_id)) == 2
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -260,9 +273,9 @@ def test_a_wrong_field_is_named(client: openai.OpenAI, options: dict[str, object
     assert list(client.batches.list()) == []
 
 
-def test_a_wrong_upload_is_refused_and_leaves_nothing(gateway: Gateway, tmp_path: Path) -> None:
+def test_a_wrong_upload_is_refused_and_leaves_nothing(stub: Stub, store: str, tmp_path: Path) -> None:
     file = ("a.jsonl", jsonl(album(1)))
-    with gateway.http() as http:
+    with running_gateway(stub.url, store) as gateway, gateway.http() as http:
         for answer, code in (
             (http.post("/v1/files", files={"file": file}, data={"purpose": "fine-tune"}), "invalid_value"),
             (http.post("/v1/files", files={"file": file}), "invalid_value"),

@@ -170,6 +170,7 @@ class TestOneServer:
         server = serve(look)
         asked = [Item("a", uri="upload:one"), Item("b"), Item("c", uri="upload:lost")]
         await ended(server, await server.submit(asked, principal=ME, uploads={"one": b"\x00\xff"}))
+        await soon(server.close())
 
         assert found == {"a": b"\x00\xff", "b": None, "c": None}
         assert not [key for key in keys(store) if "/uploads/" in key]

@@ -36,12 +36,17 @@ class Gateway:
     url: str = ""
     asked: list[str] = field(default_factory=list)
     stops_after: float = math.inf
+    waiting: int = 0
     revision: str = ""
 
     async def caption(self, request: web.Request) -> web.Response:
         uri = request.query["uri"]
-        while len(self.asked) >= self.stops_after:
-            await asyncio.sleep(0.02)
+        self.waiting += 1
+        try:
+            while len(self.asked) >= self.stops_after:
+                await asyncio.sleep(0.02)
+        finally:
+            self.waiting -= 1
         self.asked.append(uri)
         status = 422 if "bad" in uri else 200
         return web.json_response({"caption": f"of {uri}"}, status=status, headers={REVISION: self.revision})
@@ -105,12 +110,12 @@ class Live:
         folder = worker.Folder(self.store, cr["metadata"]["uid"], cr["status"]["fingerprint"])
         return [row for shard in range(cr["status"]["shards"]["total"]) for row in folder.rows(shard)]
 
-    async def running(self, *names: str, captions: int) -> None:
-        """Batches of these names, when their workers wait for the gateway after so many captions."""
+    async def running(self, name: str = "b", *, captions: int, waiting: int = 1) -> None:
+        """A batch, when so many of its workers wait for the gateway after so many captions."""
         self.gateway.stops_after = captions
-        for name in names or ("b",):
-            self.user.apply(self.batch(name))
-        await until(lambda: len(self.gateway.asked) >= captions, "captions are asked for", 120)
+        self.user.apply(self.batch(name))
+        gateway = self.gateway
+        await until(lambda: len(gateway.asked) >= captions and gateway.waiting >= waiting, "workers wait", 120)
 
     def jobs(self, name: str = "b") -> dict[str, set[str]]:
         """The Jobs of a batch that ever started a pod: uids by name."""

@@ -44,6 +44,32 @@ def test_an_older_version_changes_nothing() -> None:
     assert keys == []
 
 
+def test_an_answer_that_comes_after_its_own_event_takes_that_news_back() -> None:
+    news: list[tuple[Key, tuple[Ref, int]]] = []
+    known: list[tuple[Key, tuple[Ref, int]]] = []
+    cache = Cache(
+        on_news=lambda key, what: news.append((key, what)), on_known=lambda key, what: known.append((key, what))
+    )
+    cache.put(cr())
+    news.clear()
+    cache.put(child(5))  # the watch was first
+    assert news == [(P, (Ref("ConfigMap", "ns", "c"), 5))]
+    cache.put(child(5), by=P)
+    assert known == news
+    cache.put(child(4), by=P)  # an older answer says nothing about it
+    assert known == news
+
+
+def test_an_object_that_changed_is_read_anew() -> None:
+    cache, _ = told()
+    for version in (5, 6, 7):
+        cache.put(child(version, data={"v": str(version)}))
+        for _ in range(2):
+            assert (cache.get("ConfigMap", "ns", "c") or {})["data"] == {"v": str(version)}
+    cache.remove(child(8))
+    assert cache.get("ConfigMap", "ns", "c") is None
+
+
 def test_what_is_gone_does_not_come_back_by_a_late_answer() -> None:
     cache, _ = told()
     cache.put(child(5))

@@ -147,6 +147,14 @@ ACCEPTED = {
     "a batch from a manifest": batch({"input": {"manifest": {"uri": "s3://lists/a.csv", "format": "CSV"}}}),
     "a batch from an upload": batch({"input": {"upload": {"fileId": "file-123"}}}),
     "what failed, once more": batch({"input": {"retryOf": {"batchName": "night", "only": "Unenhanced"}}}),
+    "a batch that writes where its pipeline keeps things": batch({"output": GONE}),
+    "a list in a store of its own": batch(
+        {"input": {"manifest": {"uri": "s3://lists/x.csv", "format": "CSV", "endpoint": "http://minio.local:9000"}}}
+    ),
+    "captions beside the images": batch({"output.sidecars": {"bucket": "images"}, "output.existing": "Skip"}),
+    "a gateway that makes batches": pipeline(
+        {"gateway.batches": "VisionBatches", "storage": {"s3": {"bucket": "images", "prefix": "own/"}}}
+    ),
     "a batch in a queue": batch({"queueName": "gpu", "minParallelism": 2, "parallelism": 8}),
     "a chunk as large as its shard": batch({"chunkSize": 100, "shardSize": 100}),
     "a bound on failures": batch({"maxFailedItems": {"percent": 5}}),
@@ -407,6 +415,19 @@ REFUSED = {
     ),
     "workers at least, without a queue": (
         batch({"minParallelism": 2}), "spec.minParallelism", "minParallelism needs queueName",
+    ),
+    "what happens to captions that are nowhere": (
+        batch({"output.existing": "Append"}), "spec.output.existing", "output.existing needs output.sidecars",
+    ),
+    "a gateway that makes batches of nothing": (
+        pipeline({"gateway.batches": "VisionBatches"}),
+        "spec.gateway.batches", "gateway.batches VisionBatches needs storage",
+    ),
+    "two identities for a list": (
+        batch({"input": {"manifest": {
+            "uri": "s3://lists/x", "credentialsSecretRef": {"name": "a"}, "serviceAccountName": "b",
+        }}}),
+        "spec.input.manifest", "at most one of credentialsSecretRef and serviceAccountName may be set",
     ),
     "too many items": (
         batch({"input.s3Prefix.maxItems": 10_000_001}),

@@ -35,6 +35,36 @@ def test_a_key_is_not_worked_on_twice_at_once_and_comes_back_when_it_changed_mea
     assert work.take(3.0) == (A, 2.0)
 
 
+def test_news_that_was_none_is_taken_back_and_other_news_stays() -> None:
+    work = queue()
+    work.add(A, 0.0)
+    work.take(0.0)
+    work.add(A, 1.0, why="own write")
+    work.retract(A, "own write")
+    work.done(A, 2.0)
+    assert work.take(3.0) is None
+    for other in ("somebody's write", None):
+        work.add(A, 4.0)
+        work.take(4.0)
+        work.add(A, 5.0, why="own write")
+        work.add(A, 6.0, why=other)
+        work.retract(A, "own write")
+        work.done(A, 7.0)
+        assert work.take(8.0) == (A, 3.0)
+        work.done(A, 8.0)
+
+
+def test_what_was_taken_back_is_news_the_next_time() -> None:
+    work = queue()
+    work.add(A, 0.0)
+    work.take(0.0)
+    work.retract(A, "never told")
+    work.add(A, 1.0, why="news")
+    work.done(A, 2.0)
+    work.retract(A, "news")  # too late: it is due, and nobody works on it
+    assert work.take(3.0) == (A, 2.0)
+
+
 def test_keys_come_in_the_order_in_which_they_became_due() -> None:
     work = queue()
     work.add(B, 0.0, delay=2.0)

@@ -195,6 +195,13 @@ def test_a_kind_that_the_cluster_does_not_serve_is_left_out(kind: str) -> None:
     assert served - without == {kind}
 
 
+def test_a_route_from_outside_leads_to_all_but_what_the_operator_asks_without_a_key() -> None:
+    (route,) = (child for child in CASES["everything"].rendered() if child["kind"] == "HTTPRoute")
+    by_path = {rule["matches"][0]["path"]["value"]: rule for rule in route["spec"]["rules"]}
+    assert "backendRefs" not in by_path["/internal"]
+    assert by_path["/"]["backendRefs"] == [{"name": "docs-gateway", "port": 8081}]
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sightline_operator.__main__ import _parser
 from sightline_operator.render import OPTIONAL_KINDS, render_batch, render_pipeline
-from sightline_operator.render.cli import as_yaml, main
+from sightline_operator.render.cli import as_yaml, environment_of, main
 from sightline_operator.settings import RenderSettings
 from tests.operator.objects import batch, pipeline
 from tests.operator.rendering import PLAN, SAMPLES
@@ -128,6 +129,36 @@ def test_the_rendered_samples_are_up_to_date() -> None:
         assert (ROOT / "manifests" / "rendered" / name).read_text() == text, f"{name}: run make manifests"
     rendered = {path.name for path in (ROOT / "manifests" / "rendered").glob("*.yaml")}
     assert rendered == {path.name for path in SAMPLES.glob("*.yaml")}
+
+
+def test_workers_get_the_variables_that_they_are_to_have(write, capsys) -> None:
+    path = write(pipeline(), batch())
+    assert main(["-f", path, "--worker-env", "HTTPS_PROXY=http://proxy.example:3128"]) == 0
+    (plan,) = (child for child in yaml.safe_load_all(capsys.readouterr().out) if child["kind"] == "Job")
+    environment = {row["name"]: row["value"] for row in plan["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert environment["HTTPS_PROXY"] == "http://proxy.example:3128"
+    assert main(["-f", path, "--worker-env", "no proxy"]) == 1
+    assert "--worker-env no proxy: must be NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_variable_of_the_operator_may_hold_several_of_the_workers() -> None:
+    told = {"SIGHTLINE_OPERATOR_WORKER_ENV": "HTTPS_PROXY=http://p:1,NO_PROXY=.svc,10.0.0.0/8,A_1="}
+    options = _parser(told).parse_args(["run"])
+    assert environment_of(options.worker_env) == {
+        "HTTPS_PROXY": "http://p:1",
+        "NO_PROXY": ".svc,10.0.0.0/8",
+        "A_1": "",
+    }
+
+
+def test_a_retry_is_rendered_with_the_earlier_batch_as_the_cluster_has_it(write, capsys) -> None:
+    again = batch({"input": {"retryOf": {"batchName": "night"}}}, name="again")
+    assert main(["-f", write(pipeline(), again)]) == 1
+    assert "VisionBatch night is not known, or has no uid and no status.fingerprint yet" in capsys.readouterr().err
+    night = batch() | {"status": {"fingerprint": "0123456789ab"}}
+    night["metadata"]["uid"] = "9b2f"
+    assert main(["-f", write(pipeline(), again, night)]) == 0
+    assert '"prefix": "9b2f/0123456789ab/"' in capsys.readouterr().out
 
 
 # --- from the other distribution -------------------------------------------------------------------------------------

@@ -162,6 +162,7 @@ class TestOneServer:
 
         batch_id = await server.submit(items(3), {0: b"zero", 2: b"two"}, ME)
         await finished(server, batch_id)
+        await soon(server.close())
 
         assert sorted(worker.calls) == [(0, b"zero"), (1, None), (2, b"two")]
         assert not [key for key in keys(store) if "/uploads/" in key]
@@ -520,6 +521,7 @@ class TestTimeToLive:
         server = serve(Worker())
         batch_id = await server.submit(items(1), {0: b"x"}, ME)
         await finished(server, batch_id)
+        await soon(server.close())
         obstore.put(store, f"batches/{batch_id}/uploads/0", b"x")
 
         await server.sweep()

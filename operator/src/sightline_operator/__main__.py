@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import socket
 import sys
 import uuid
@@ -179,7 +180,7 @@ def _work_options(run: argparse.ArgumentParser, environ: Mapping[str, str]) -> N
     run.add_argument(
         "--worker-env",
         action="append",
-        default=_list(env("WORKER_ENV", "")),
+        default=[pair for pair in re.split(r",(?=[A-Za-z_]\w*=)", env("WORKER_ENV", "")) if pair],
         metavar="NAME=VALUE",
         help="a variable of the workers of batches, such as HTTPS_PROXY=http://proxy:3128",
     )

@@ -64,7 +64,9 @@ class Observer:
         """Have asked once what the object wants to know of the world outside the API server; seconds at most."""
         urls, progress = external_urls(cr), self._progress_urls(cr)
         wanted: dict[str, Kind] = dict.fromkeys(self._state_urls(cr).values(), "state")
-        self._endpoints.want(_key(cr), wanted | dict.fromkeys(progress, "progress") | dict.fromkeys(urls, "probe"))
+        wanted |= dict.fromkeys(progress, "progress")
+        wanted |= dict.fromkeys(urls, "probe")
+        self._endpoints.want(_key(cr), wanted)
         with contextlib.suppress(TimeoutError):  # of states what was said last holds until they are asked
             await asyncio.wait_for(self._endpoints.asked(urls | progress), PREPARE_SECONDS)
 

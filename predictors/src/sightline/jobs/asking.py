@@ -8,6 +8,7 @@ this item, has said something after all: from the second time on that is an atte
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
@@ -20,6 +21,7 @@ from sightline.jobs import metrics, target
 from sightline.jobs.items import Code, Fault, Item, Line, StepName
 from sightline.jobs.objects import AccessDenied, BucketMissing, Changed, Missing, StoreUnavailable, TooLarge
 from sightline.jobs.page import Page
+from sightline.jobs.pools import Pools
 from sightline.jobs.target import Answer, Outgoing, Refusal, Success
 from sightline.wire import REQUEST_ID_HEADER, REVISION_HEADER, TIMEOUT_HEADER
 
@@ -37,8 +39,6 @@ CONNECT_SECONDS = 5.0
 SPARE_SECONDS = 5.0
 """More than the target was given, so that it is the target that says 504."""
 READY_SECONDS = 3.0
-KEEPALIVE_SECONDS = 2.0
-"""Less than uvicorn keeps an idle connection (5 s), so that no request meets a closing one."""
 MAX_IMAGE_BYTES = 20 * 1024 * 1024
 DENIED_IN_A_ROW = 20
 
@@ -229,7 +229,7 @@ class Asker:
         }
         if self._key is not None:
             headers |= {"authorization": f"Bearer {self._key}"} if said.kind == "openai" else {"x-api-key": self._key}
-        response = await self._client.post(outgoing.url, content=outgoing.body, headers=headers)
+        response = await self._client.post(_parsed(outgoing.url), content=outgoing.body, headers=headers)
         return Answer(response.status_code, response.headers, response.content)
 
     # --- lines -------------------------------------------------------------------------------------------------------
@@ -272,18 +272,18 @@ def _no_answer_in_time(error: httpx.TimeoutException) -> Refusal:
     return Refusal(_CAPTION, "caption_timeout", "The target did not answer in time.", "refused", may_retry=True)
 
 
+_parsed = functools.lru_cache(256)(httpx.URL)
+"""The same address for nearly all items of a batch."""
+
+
 def new_client(page: Page) -> httpx.AsyncClient:
     """A connection pool for a batch's target. It ignores the proxies of the environment and follows no redirects."""
     seconds = page.target.timeout_seconds + SPARE_SECONDS
     return httpx.AsyncClient(
+        transport=Pools(page.max_in_flight),
         trust_env=False,
         follow_redirects=False,
         timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
-        limits=httpx.Limits(
-            max_connections=page.max_in_flight + 2,
-            max_keepalive_connections=page.max_in_flight,
-            keepalive_expiry=KEEPALIVE_SECONDS,
-        ),
     )
 
 

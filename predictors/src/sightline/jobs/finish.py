@@ -44,7 +44,7 @@ class Unfinished(Exception):
 
 
 class PartCorrupt(Exception):
-    """A chunk does not hold exactly the lines of its items, in their order. The message names it, and what is wrong."""
+    """A chunk does not hold exactly the lines of its items, in their order; or the manifest is none. Says which."""
 
 
 async def finish(
@@ -97,9 +97,12 @@ def ended_of(counts: Counts) -> Ended | None:
 
 
 async def read_manifest(objects: Objects, layout: Layout) -> Manifest | None:
-    """The manifest of a finished batch; None while it is not finished."""
-    said = await objects.read(layout.manifest)
-    return None if said is None else Manifest.from_json(said)
+    """The manifest of a finished batch; None while it is not finished. Raises PartCorrupt."""
+    data = await objects.read_bytes(layout.manifest)
+    try:
+        return None if data is None else Manifest.from_json(orjson.loads(data))
+    except ValueError as error:
+        raise PartCorrupt("MANIFEST.json is no manifest of this version") from error
 
 
 async def _commit(objects: Objects, layout: Layout, manifest: Manifest) -> Manifest:

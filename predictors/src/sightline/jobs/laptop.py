@@ -92,7 +92,7 @@ class Order:
         digest = hashlib.sha256(orjson.dumps(said, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
         stem = Address.of(self.input.location.url).key.rstrip("/").rsplit("/", 1)[-1] or "batch"
         if self.input.kind == "retry_of":
-            stem = f"retry-{Path(self.out).stem}"
+            stem = Path(self.out).stem
         return f"{re.sub(r'[^a-z0-9]+', '-', stem.lower()).strip('-')[:40] or 'batch'}-{digest}"
 
     @property

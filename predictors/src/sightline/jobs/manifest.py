@@ -63,7 +63,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "Manifest":
-        """Raises KeyError, TypeError or ValueError when it is none."""
+        """Raises ValueError when it is none."""
+        try:
+            return cls._read(said)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a manifest: {error!r}") from error
+
+    @classmethod
+    def _read(cls, said: Mapping[str, Any]) -> "Manifest":
         if said["version"] != VERSION:
             raise ValueError(f"a manifest of version {said['version']}")
         return cls(

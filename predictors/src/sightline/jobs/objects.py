@@ -289,7 +289,7 @@ class Objects:
         """
         key = f".sightline-probe/{uuid.uuid4().hex}"
         try:
-            await self._create_once(key, b"first")
+            await self.create(key, b"first")  # is there then, whatever a 409 or a lost answer said
             is_overwritten = await self._create_once(key, b"second")
         finally:
             with contextlib.suppress(Exception):  # a right to delete is not needed otherwise

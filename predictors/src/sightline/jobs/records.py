@@ -39,6 +39,7 @@ class Job:
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     shard_size: int = 1000
     chunk_size: int = 50
+    has_uploads: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -48,6 +49,7 @@ class Job:
             "about": dict(self.about),
             "shard_size": self.shard_size,
             "chunk_size": self.chunk_size,
+            "has_uploads": self.has_uploads,
         }
 
     @classmethod
@@ -61,6 +63,7 @@ class Job:
             cast("Mapping[str, Any]", said["about"]),
             int(said["shard_size"]),
             int(said["chunk_size"]),
+            bool(said["has_uploads"]),
         )
 
 

@@ -23,11 +23,12 @@ from typing import Any, Literal
 
 from sightline.errors import QueueFull
 from sightline.jobs.ahead import ahead
-from sightline.jobs.finish import Ended, Which, finish, lines_of
+from sightline.jobs.finish import Which, ended_of, finish, lines_of
 from sightline.jobs.inputs import InputFault
 from sightline.jobs.items import Counts, Fault, Item, Line
 from sightline.jobs.layout import PARTS
 from sightline.jobs.leases import LEASE_SECONDS, Lease, Leases, TooManyHolders
+from sightline.jobs.manifest import Ended
 from sightline.jobs.objects import Objects, is_id
 from sightline.jobs.plan import Plan, make_plan, read_plan
 from sightline.jobs.progress import Watch
@@ -157,6 +158,7 @@ class Runner:
         self._live: dict[str, _Live] = {}
         self._watches: dict[str, Watch] = {}
         self._expiries: dict[str, float] = {}
+        self._cleaning: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
     # --- for those who ask -------------------------------------------------------------------------------------------
@@ -184,9 +186,11 @@ class Runner:
             raise QueueFull("Too many images are waiting; try again later.", retry_after=30)
         now = self._clock()
         deadline = None if window_seconds is None else now + window_seconds
-        job = Job(str(uuid.uuid4()), principal, now, deadline, about or {}, shard_size, chunk_size)
-        await self._records.put_uploads(job.id, uploads or {})
-        plan = await self._make_plan(job, _each(items)) if items else None
+        job = Job(str(uuid.uuid4()), principal, now, deadline, about or {}, shard_size, chunk_size, bool(uploads))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._records.put_uploads(job.id, uploads or {}))
+            planning = group.create_task(self._make_plan(job, _each(items))) if items else None
+        plan = planning.result() if planning else None
         await self._records.keep(job)
         if items is not None and plan is None:  # there is nothing to do
             await self._end(job, "completed", 0, Counts(), {"planned": now})
@@ -329,7 +333,7 @@ class Runner:
             await asyncio.wait(tasks, timeout=grace_seconds)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._cleaning, return_exceptions=True)
 
     async def sweep(self) -> None:
         """Delete what has expired and take up what was abandoned."""
@@ -382,27 +386,30 @@ class Runner:
     async def _work(self, job: Job, lease: Lease, plan: Plan | None) -> None:
         live = self._live[job.id]
         async with self._leases.held(lease):
-            watching = asyncio.create_task(self._watch(job, lease, live))
+            watching = asyncio.create_task(self._watch(job, lease, live, is_new=plan is not None))
             try:
                 plan = plan or await self._planned(job)
                 live.status, live.total = "running", plan.items
                 live.times["planned"] = self._clock()
-                await self._do_shards(job, plan, live)
-                if live.cut is None:
-                    live.status = "finishing"
-                live.times["finishing"] = self._clock()
-                manifest = await finish(self._records.page(job, self._width), self._objects, ended=live.cut)
+                counts = await self._counts_of(job, plan, live)
             except InputFault as fault:
                 error = {"code": fault.reason, "message": fault.message}
                 await self._end(job, "failed", None, Counts(), live.times, error)
             else:
-                await self._end(job, _STATUS[manifest.ended], plan.items, manifest.counts, live.times)
+                await self._end(job, _STATUS[ended_of(counts)], plan.items, counts, live.times)
             finally:
                 watching.cancel()
 
-    async def _watch(self, job: Job, lease: Lease, live: _Live) -> None:
-        """End a job early when its time is over or somebody wants it; leave it when somebody else holds it."""
+    async def _watch(self, job: Job, lease: Lease, live: _Live, *, is_new: bool) -> None:
+        """End a job early when its time is over or somebody wants it; leave it when somebody else holds it.
+
+        is_new  nobody can have wanted anything yet
+        """
+        if is_new:
+            await asyncio.sleep(self._pause(job))
         while True:
+            if job.deadline is not None and self._clock() >= job.deadline:
+                live.end_early("batch_expired")
             try:
                 if (at := await self._records.cancelled_at(job.id)) is not None:
                     live.times.setdefault("cancelling", at)
@@ -415,11 +422,12 @@ class Runner:
                     return
             except Exception:  # the store may be away for a while
                 log.warning("cannot look after job %s/%s", self._kind, job.id, exc_info=True)
-            left = WATCH_SECONDS if job.deadline is None else min(WATCH_SECONDS, job.deadline - self._clock())
-            if left <= 0:
-                live.end_early("batch_expired")
-                left = WATCH_SECONDS
-            await asyncio.sleep(left)
+            await asyncio.sleep(self._pause(job))
+
+    def _pause(self, job: Job) -> float:
+        """Seconds until the next look at a job."""
+        left = WATCH_SECONDS if job.deadline is None else job.deadline - self._clock()
+        return min(WATCH_SECONDS, left) if left > 0 else WATCH_SECONDS
 
     async def _planned(self, job: Job) -> Plan:
         """The plan of a job, made when there is none. Raises InputFault."""
@@ -433,25 +441,35 @@ class Runner:
     async def _make_plan(self, job: Job, items: AsyncIterator[Item]) -> Plan:
         return await make_plan(self._records.page(job, self._width), self._objects, items)
 
-    async def _do_shards(self, job: Job, plan: Plan, live: _Live) -> None:
+    async def _counts_of(self, job: Job, plan: Plan, live: _Live) -> Counts:
+        """Do all shards; of a job that ends early, list the rest as errors."""
+        counts = Counts()
+        for shard in range(len(plan.shards)):
+            try:
+                counts += await self._do_shard(job, plan, shard, live)
+            except Stopped:
+                break
+        live.times["finishing"] = self._clock()
+        if live.cut is None:
+            live.status = "finishing"
+            return counts
+        return (await finish(self._records.page(job, self._width), self._objects, ended=live.cut)).counts
+
+    async def _do_shard(self, job: Job, plan: Plan, shard: int, live: _Live) -> Counts:
         def count(_: Line) -> None:
             live.done += 1
 
-        for shard in range(len(plan.shards)):
-            if live.cut is not None:
-                return
-            with contextlib.suppress(Stopped):  # it ends early, and `finish` says so of every item that is left
-                await run_shard(
-                    self._records.page(job, self._width),
-                    plan,
-                    shard,
-                    self._objects,
-                    lambda item: self._do_one(job, live, item),
-                    width=min(self._width, plan.items),
-                    stop=live.stop,
-                    on_line=count,
-                    open_chunks=max(OPEN_CHUNKS, -(-self._width // job.chunk_size)),
-                )
+        return await run_shard(
+            self._records.page(job, self._width),
+            plan,
+            shard,
+            self._objects,
+            lambda item: self._do_one(job, live, item),
+            width=min(self._width, plan.items),
+            stop=live.stop,
+            on_line=count,
+            open_chunks=max(OPEN_CHUNKS, -(-self._width // job.chunk_size)),
+        )
 
     async def _do_one(self, job: Job, live: _Live, item: Item) -> Line:
         async with self._permits:
@@ -504,7 +522,14 @@ class Runner:
         await self._records.put_end(
             job.id, End(status, total, counts, error, dict(times) | {"ended": now}, now + self._ttl)
         )
-        with contextlib.suppress(Exception):  # the sweep deletes them if not now
+        if job.has_uploads:
+            cleaning = asyncio.create_task(self._clean_up(job))
+            self._cleaning.add(cleaning)
+            cleaning.add_done_callback(self._cleaning.discard)
+
+    async def _clean_up(self, job: Job) -> None:
+        """Behind the answer: nobody waits for it, and the sweep does it if not now."""
+        with contextlib.suppress(Exception):
             await self._records.delete_uploads(job.id)
 
     def _forget(self, job_id: str, task: asyncio.Task[None]) -> None:

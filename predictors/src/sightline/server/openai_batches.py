@@ -12,7 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import IO, Any, cast
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -67,7 +67,7 @@ class OpenAIBatches:
         self._sizes: OrderedDict[str, int] = OrderedDict()
 
     def router(self) -> APIRouter:
-        router = APIRouter(tags=["OpenAI"])
+        router = APIRouter(tags=["OpenAI"], dependencies=[Depends(self._desk.wait)])
         routes = {
             ("POST", "/files"): self._upload,
             ("GET", "/files"): self._list_files,

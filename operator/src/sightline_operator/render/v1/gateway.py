@@ -248,6 +248,10 @@ def disruption_budget(frame: Frame) -> Manifest:
     }
 
 
+_INSIDE = {"matches": [{"path": {"type": "PathPrefix", "value": "/internal"}}]}
+"""What the operator asks without a key is not for the world: without a backend such a request is refused."""
+
+
 def http_route(frame: Frame, spec: Pipeline) -> Manifest | None:
     wanted = spec.gateway.http_route
     if wanted is None:
@@ -262,7 +266,7 @@ def http_route(frame: Frame, spec: Pipeline) -> Manifest | None:
         "apiVersion": "gateway.networking.k8s.io/v1",
         "kind": "HTTPRoute",
         "metadata": frame.metadata(frame.child(COMPONENT), frame.labels(COMPONENT)),
-        "spec": without_empty({"parentRefs": parents, "hostnames": list(wanted.hostnames), "rules": [rule]}),
+        "spec": without_empty({"parentRefs": parents, "hostnames": list(wanted.hostnames), "rules": [_INSIDE, rule]}),
     }
 
 

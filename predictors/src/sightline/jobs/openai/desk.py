@@ -15,6 +15,8 @@ log = logging.getLogger("sightline.jobs")
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 SWEEP_SECONDS = 900.0
+PATIENCE_SECONDS = 15.0
+"""Whoever asks while the server starts waits so long for the store's first answer."""
 
 
 class Desk:
@@ -39,6 +41,7 @@ class Desk:
         self._sleep = sleep
         self._open: tuple[Files, Backend] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()
 
     def start(self) -> None:
         """Open the store, however long that takes, then take up what was left undone."""
@@ -51,6 +54,11 @@ class Desk:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._open is not None:
             await self._open[1].close()
+
+    async def wait(self) -> None:
+        """Return when the store is open, or was found to be away, or after a while."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._tried.wait(), PATIENCE_SECONDS)
 
     @property
     def files(self) -> Files:
@@ -74,10 +82,12 @@ class Desk:
             try:
                 self._open = await self._opening()
             except (OSError, StoreFault) as error:
+                self._tried.set()
                 kind = "no conditional writes" if isinstance(error, NoConditionalWrites) else type(error).__name__
                 log.error("files and batches are not served: %s: %s", kind, error)
                 await self._sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        self._tried.set()
         files, backend = self._open
         await self._taking_up(backend)
         while True:
