@@ -56,7 +56,7 @@ def five(cluster: Cluster) -> Iterator[None]:
         ("describe", {"image": [red_circle()]}, "text"),
         ("generate", {"prompt": [b"What is this?"], "image": [red_circle()]}, "text"),
         ("embed", {"image": [red_circle()]}, "vectors"),
-        ("enhance", {"caption": [b"a large red circle on a white background"]}, "text"),
+        ("enhance", {"text": [b"a large red circle on a white background"]}, "text"),
         ("blip", {"image": [red_circle()]}, "text"),
     ],
 )
