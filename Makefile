@@ -29,7 +29,7 @@ chaos: .venv/.dev ## Kill, starve and confuse batches of thousands of items for 
 
 .PHONY: e2e e2e-quick
 e2e: .venv/.dev ## Images, chart and tests on a cluster (KUBECONFIG, or kind; `python scripts/e2e.py --help`)
-	@$(BIN)/python scripts/e2e.py --report docs/e2e.md $(ARGS)
+	@$(BIN)/python scripts/e2e.py $(ARGS)
 
 e2e-quick: .venv/.dev ## The quick part: chart in, pipeline Ready, right captions, a batch with a killed worker
 	@$(BIN)/python scripts/e2e.py --quick $(ARGS)
