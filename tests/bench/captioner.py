@@ -64,7 +64,7 @@ def serving(environment: Mapping[str, str], folder: Path) -> Generator[str]:
     port = free_port()
     words = ["serve", "describe", "--host", "127.0.0.1", "--port", str(port), "--grpc-port", str(free_port())]
     with (folder / "describe.log").open("wb") as log:
-        command = [sys.executable, "-m", "sightline.cli", *words, "--auth", "off"]
+        command = [sys.executable, "-m", "sightline", *words, "--auth", "off"]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(environment), cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -103,7 +103,7 @@ def through_batch(url: str, photos: Path, environment: Mapping[str, str]) -> flo
     words = ["batch", "run", str(photos), "--out", str(photos.parent / "captions.jsonl"), "--url", url]
     start = time.monotonic()
     subprocess.run(
-        [sys.executable, "-m", "sightline.cli", *words, "--predictor", "describe"],
+        [sys.executable, "-m", "sightline", *words, "--predictor", "describe"],
         env=dict(environment) | {"COLUMNS": os.environ.get("COLUMNS", "100")},
         cwd=photos.parent,
         stdout=subprocess.DEVNULL,
