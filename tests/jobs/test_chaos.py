@@ -74,12 +74,12 @@ def killer(batch: Batch, rng: random.Random, most: int, pause: tuple[float, floa
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 3))
 def test_thirty_kills_at_random(many: Batch, undisturbed: Outcome, seed: int) -> None:
-    kill = killer(many, random.Random(seed), 30, (0.1, 1.5))
+    rng = random.Random(seed)
     many.stub.delay_seconds = 0.02
-    many.job("plan", [None], each=kill, seconds=LONG)
-    many.run_shards(parallelism=WORKERS, each=kill, seconds=LONG)
-    many.job("finish", [None], each=kill, seconds=LONG)
-    assert many.kills >= 5
+    many.job("plan", [None], each=killer(many, rng, 3, (0.05, 0.5)), seconds=LONG)
+    many.run_shards(parallelism=WORKERS, each=killer(many, rng, 30, (0.1, 1.5)), seconds=LONG)
+    many.job("finish", [None], each=killer(many, rng, 3, (0.05, 0.5)), seconds=LONG)
+    assert many.codes["run", -9] >= 3
     assert audit(many) == undisturbed
     print(f"{many.kills} kills, {rework(many)} captions twice of at most {many.kills * OPEN_CHUNKS * many.chunk_size}")
 
@@ -88,7 +88,6 @@ def test_a_store_with_errors_conflicts_and_a_blackout_and_kills(many: Batch, und
     """5 % errors and 20 % conflicts all the time, one blackout, workers killed and the gateway throttling."""
     proxy, rng = many.proxy, random.Random(SEED)
     proxy.error_share, proxy.conflict_share, many.stub.throttle_share = 0.05, 0.2, 0.05
-    kill = killer(many, rng, 10, (0.5, 3))
     back = threading.Timer(DARK_SECONDS, lambda: setattr(proxy, "is_black", False))
 
     def go_dark(_: object) -> None:
@@ -96,8 +95,8 @@ def test_a_store_with_errors_conflicts_and_a_blackout_and_kills(many: Batch, und
         back.start()
 
     proxy.at("PUT", "/parts/", AFTER, go_dark, after_calls=len(many.pictures) // many.chunk_size // 3)
-    many.job("plan", [None], each=kill, seconds=LONG)
-    many.run_shards(parallelism=WORKERS, each=kill, seconds=LONG)
+    many.do("plan", LONG)
+    many.run_shards(parallelism=WORKERS, each=killer(many, rng, 10, (0.5, 3)), seconds=LONG)
     back.join()
     many.do("finish", LONG)
     assert proxy.faults["black"] > 0

@@ -206,6 +206,13 @@ def test_lists_come_in_pages(client: openai.OpenAI) -> None:
     assert ([batch.id for batch in page.data], page.has_more) == (batches[:0:-1], True)
 
 
+def test_outputs_come_in_pages_too(client: openai.OpenAI) -> None:
+    batches = [ended(client, submit(client, album(2, {1: "422"}))) for _ in range(3)]
+    wanted = [file for batch in batches[::-1] for file in (batch.output_file_id, batch.error_file_id)]
+    for limit in (1, 2, 3, 10):
+        assert [file.id for file in client.files.list(purpose="batch_output", limit=limit)] == wanted
+
+
 def test_a_batch_whose_file_is_no_good_fails_and_says_where(client: openai.OpenAI, stub: Stub) -> None:
     good = request("a", pictures.picture(1))
     file = client.files.create(file=("bad.jsonl", jsonl([good, good, {"custom_id": "b"}]) + b"{"), purpose="batch")

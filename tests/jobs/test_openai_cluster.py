@@ -302,6 +302,20 @@ async def test_a_batch_that_is_cut_off_tells_of_every_request(
     assert listed == seen
 
 
+async def test_a_batch_whose_plan_is_broken_ends_all_the_same(
+    backend: ClusterBackend, server: Server, objects: Objects
+) -> None:
+    batch = await backend.create(ORDER)
+    uid = server.kept[f"batch-{batch.key}"]["metadata"]["uid"]
+    await planned(objects, uid, 5, 2)
+    for key in await objects.keys("batches/"):
+        if key.endswith(".jsonl"):
+            await objects.write(key, b"{")
+    progress = {"total": 5, "succeeded": 0, "failed": 0}
+    server.say(batch.key, "Expired", fingerprint=FINGERPRINT, progress=progress)
+    assert (await settled(backend, batch.key))["request_counts"] == {"total": 5, "completed": 0, "failed": 0}
+
+
 async def test_a_batch_that_was_cancelled_before_its_plan_has_no_lines(backend: ClusterBackend, server: Server) -> None:
     batch = await backend.create(ORDER)
     seen = await backend.cancel(batch.key, "me")

@@ -111,6 +111,14 @@ async def test_a_file_that_is_there(existing: str, after: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
+async def test_an_empty_file_is_no_caption(existing: str, tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "000001.txt").touch()
+    await finished(tmp_path, existing)
+    assert (tmp_path / "1" / "000001.txt").read_text() == "Picture 1, é\n"
+
+
+@pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
 async def test_a_finish_that_died_before_its_commit_is_repeated_without_a_trace(existing: str, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "000001.txt").write_text("mine")

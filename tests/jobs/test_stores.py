@@ -3,7 +3,7 @@
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,16 @@ import pytest
 from obstore.store import LocalStore
 
 from sightline.jobs.items import Item
-from sightline.jobs.objects import AccessDenied, BucketMissing, Changed, Entry, Missing, StoreUnavailable, TooLarge
+from sightline.jobs.objects import (
+    AccessDenied,
+    BucketMissing,
+    Changed,
+    Entry,
+    Missing,
+    Objects,
+    StoreUnavailable,
+    TooLarge,
+)
 from sightline.jobs.page import Location
 from sightline.jobs.stores import Address, Stores, files_below, open_location
 from tests.jobs.clouds import Clouds, serving_clouds
@@ -221,6 +230,27 @@ async def test_keys_that_obstore_cannot_say_are_listed_and_fetched(tmp_path: Pat
             await stores.fetch(item)
         with pytest.raises(TooLarge):
             await stores.read(item.uri)
+
+
+async def test_a_listing_that_breaks_off_goes_on_where_it_was(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does at the first page with a key that obstore cannot say."""
+    whole = Objects.entries
+
+    async def broken(self: Objects, prefix: str, after: str | None = None) -> AsyncGenerator[Entry]:
+        found = whole(self, prefix, after)
+        for _ in range(4):
+            yield await anext(found)
+        raise StoreUnavailable("an odd key")
+
+    bucket = bucket_of(s3)
+    names = [f"in/{n:02}.jpg" for n in range(9)]
+    for name in names:
+        s3.client.put_object(Bucket=bucket, Key=name, Body=b"x")
+    location = Location(f"s3://{bucket}/in/", s3.endpoint_url)
+    whole_listing = await all_of(Stores(location).entries(location))
+    monkeypatch.setattr(Objects, "entries", broken)
+    assert await all_of(Stores(location).entries(location)) == whole_listing
+    assert [entry.key for entry in whole_listing] == names
 
 
 async def test_faults_of_a_listing_have_names(s3: S3Server, tmp_path: Path) -> None:

@@ -858,6 +858,8 @@ def test_without_the_gateway_shards_tell_how_far_it_is() -> None:
     it = Batch(Cluster(gateway_answers=False)).running(2)
     assert it.status["shards"]["completed"] == 2
     assert it.status["progress"]["percent"] == 50
+    assert it.status["progress"]["done"].startswith("~")
+    assert it.status["progress"]["remaining"] == it.status["progress"]["total"] // 2
     it.finished()
     assert it.status["progress"]["succeeded"] == 40  # the finish Job's last words
 

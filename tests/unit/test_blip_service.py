@@ -82,7 +82,7 @@ class Served:
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
     served = Served(max_batch=3)
-    served.service._batches = Batches(MemoryStore(), served.service._execute, ttl_seconds=60, width=3, part_seconds=0)
+    served.service._batches = Batches(MemoryStore(), served.service._execute, ttl_seconds=60, width=3)
     yield served
     await served.service._batches.close()
     await served.http.aclose()

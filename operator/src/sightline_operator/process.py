@@ -53,7 +53,7 @@ class Operator:
         self.cache = Cache(
             self.queue.add,
             on_news=lambda key, news: self.queue.add(key, why=news),
-            on_known=lambda key, news: self.queue.retract(key, news),
+            on_known=self.queue.retract,
         )
         self.endpoints = Endpoints(self.queue.add)
         self._served: set[str] = set()

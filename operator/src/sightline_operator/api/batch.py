@@ -314,7 +314,11 @@ class Progress(Object):
     remaining: int | None = Field(default=None, ge=0, description="Items that are still to be done.")
     percent: int | None = Field(default=None, ge=0, le=100, description="Of all items, done for better or worse.")
     bytes: int | None = Field(default=None, ge=0, description="Bytes of the images that were read.")
-    done: str | None = Field(default=None, max_length=64, description="Done of all, such as `640/1000`.")
+    done: str | None = Field(
+        default=None,
+        max_length=64,
+        description="Done of all, such as `640/1000`; `~600/1000` where only shards are counted.",
+    )
 
 
 class Shards(Object):

@@ -65,15 +65,17 @@ def _counters(view: BatchView, plan: Plan) -> dict[str, Any]:
     done = min(seen.completed, total)
     by_items = done * 100 // total if total else 100
     by_shards = shards_completed * 100 // plan.shards if plan.shards and view.progress is None else 0
+    # Nobody counts items (the pipeline has no storage, or the gateway is away): finished shards tell about how many.
+    about = total * shards_completed // plan.shards if by_shards > by_items else None
     counts: dict[str, Any] = {
         "total": total,
         "succeeded": seen.succeeded,
         "failed": seen.failed,
         "unenhanced": seen.unenhanced,
-        "remaining": total - done,
+        "remaining": total - (done if about is None else about),
         "percent": min(100, max(by_items, by_shards)),
         "bytes": seen.size_bytes,
-        "done": f"{done}/{total}",
+        "done": f"{done}/{total}" if about is None else f"~{about}/{total}",
     }
     fresh: dict[str, Any] = {
         "progress": counts,

@@ -96,7 +96,7 @@ class Cache:
         self,
         on_change: Callable[[Key], None] = lambda key: None,
         on_news: Callable[[Key, tuple[Ref, int]], None] | None = None,
-        on_known: Callable[[Key, tuple[Ref, int]], None] = lambda key, news: None,
+        on_known: Callable[[Key, tuple[Ref, int]], None] = lambda *_: None,
     ) -> None:
         """Tell of changes.
 
@@ -121,9 +121,11 @@ class Cache:
         """uid → version at which the object ended: an answer that comes later does not bring it back."""
         self._parsed: OrderedDict[Ref, tuple[Entry, dict[str, Any]]] = OrderedDict()
         """What was read last: an object is read several times while it is worked on."""
-        self._on_change = on_change
-        self._on_news = on_news or (lambda key, news: on_change(key))
-        self._on_known = on_known
+
+        def changed(key: Key, news: tuple[Ref, int]) -> None:
+            on_change(key)
+
+        self._on_change, self._on_news, self._on_known = on_change, on_news or changed, on_known
 
     # Reading.
 

@@ -251,7 +251,10 @@ class Runner:
             await asyncio.wait([task], timeout=seconds)
 
     async def lines(self, job_id: str, which: Which) -> AsyncGenerator[bytes]:
-        """The lines (of JSON, each with its line feed) of the chunks that are committed, in the order of the items."""
+        """The lines (of JSON, each with its line feed) of the chunks that are committed, in the order of the items.
+
+        Some lines at a time. Whose job it is, `get` has told before.
+        """
         layout = self._records.layout(job_id)
         if (plan := await read_plan(self._objects, layout)) is not None:
             async for lines in lines_of(self._objects, layout, plan, which):

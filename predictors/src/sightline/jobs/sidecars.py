@@ -42,7 +42,7 @@ class Sidecars:
     objects   rooted at `location`
     location  of the sidecars
     images    of the batch's input
-    existing  skip: a file that is there stays · overwrite · append: the caption becomes another line of it, once
+    existing  skip: a file that is not empty stays · overwrite · append: the caption becomes another line of it, once
 
     Of two images that would share a file (`a.jpg`, `a.png`), the second gets `a.png.txt`; appending, they share it.
     Memory: about 100 bytes an image.
@@ -91,7 +91,9 @@ class Sidecars:
         async with permits:
             lines = [caption.encode() + b"\n" for caption in captions]
             if self._existing == "skip":
-                await self._objects.create(key, lines[0])
+                is_new = await self._objects.create(key, lines[0])
+                if not is_new and not await self._objects.read_bytes(key):  # an empty file is no caption
+                    await self._objects.write(key, lines[0])
             elif self._existing == "overwrite":
                 await self._objects.write(key, lines[-1])
             else:

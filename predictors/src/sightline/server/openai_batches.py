@@ -142,16 +142,26 @@ class OpenAIBatches:
         return json_response(_page([_shown(file) for file in found], limit))
 
     async def _outputs(self, principal: str, after: str | None, limit: int) -> list[Json]:
-        """Output and error files of a page of batches, newest batch first."""
-        known = None if after is None else output_of(after)
-        key = known[0] if known else None
-        found = await self._desk.backend.list(principal, after=key, limit=min(limit, MOST_BATCHES))
-        return [
-            await self._output_shown(batch, which)
-            for batch in found
-            for which in ("results", "errors")
-            if batch.output_id(which) is not None
-        ]
+        """Output and error files behind the file `after`, newest batch first; one more than `limit` if there are."""
+        key, which = (after and output_of(after)) or (None, None)
+        shown: list[Json] = []
+        if key is not None and which == "results" and (batch := await self._desk.backend.get(key, principal)):
+            shown += [await self._output_shown(batch, each) for each in self._there(batch) if each == "errors"]
+        while len(shown) <= limit:
+            found = await self._desk.backend.list(principal, after=key, limit=MOST_BATCHES)
+            for batch in found:
+                key = batch.key
+                shown += [await self._output_shown(batch, each) for each in self._there(batch)]
+                if len(shown) > limit:
+                    break
+            if not found:
+                break
+        return shown
+
+    def _there(self, batch: Batch) -> list[Which]:
+        """The files that came of a batch and are kept still."""
+        kinds: tuple[Which, ...] = ("results", "errors")
+        return [] if self._has_expired(batch) else [each for each in kinds if batch.output_id(each) is not None]
 
     async def _file(self, request: Request, file_id: str) -> Response:
         """One file: what was uploaded, or what came of it."""

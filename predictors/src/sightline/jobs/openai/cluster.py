@@ -5,7 +5,6 @@ how far it is its status. It goes `ttl_seconds` after its end, and the batch wit
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import secrets
@@ -16,7 +15,7 @@ from typing import Any, cast
 
 import orjson
 
-from sightline.jobs.finish import finish, lines_of, read_manifest
+from sightline.jobs.finish import PartCorrupt, finish, lines_of, read_manifest
 from sightline.jobs.items import Counts
 from sightline.jobs.layout import Layout
 from sightline.jobs.manifest import Ended, Manifest
@@ -27,7 +26,7 @@ from sightline.jobs.openai.kubernetes import VisionBatches
 from sightline.jobs.openai.local import chunk_size
 from sightline.jobs.openai.requests import LineFault
 from sightline.jobs.page import Input, Location, Outputs, Page, Target
-from sightline.jobs.plan import read_plan
+from sightline.jobs.plan import PlanCorrupt, ShardCorrupt, read_plan
 
 log = logging.getLogger("sightline.jobs")
 
@@ -142,7 +141,11 @@ class ClusterBackend:
         if end is None and await read_plan(self._results, layout) is None:
             return batch  # nothing was planned: nothing was done
         if end is None and is_sealing:
-            end = await self._seal(found, why)
+            try:
+                end = await self._seal(found, why)
+            except (PlanCorrupt, ShardCorrupt, PartCorrupt) as error:
+                log.error("VisionBatch %s cannot be told whole: %s", _name(found), error)
+                return batch
         if end is None:
             return read(found, about, status="finalizing" if why == "batch_expired" else "cancelling")
         return read(found, about, counts=end.counts)
@@ -153,11 +156,11 @@ class ClusterBackend:
         if uid not in self._sealing:
             self._sealing[uid] = asyncio.create_task(finish(_page(found), self._results, ended=why))
         task = self._sealing[uid]
-        with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(asyncio.shield(task), timeout=1.0)
-        if task.done():
-            self._sealing.pop(uid, None)
-        return None
+        done, _ = await asyncio.wait([task], timeout=1.0)
+        if not done:
+            return None
+        self._sealing.pop(uid, None)
+        return task.result()
 
 
 def manifest(key: str, order: Order, *, pipeline: str, ttl_seconds: float) -> dict[str, Any]:
