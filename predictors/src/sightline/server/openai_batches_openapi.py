@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from sightline.jobs.openai.requests import ENDPOINTS
@@ -202,6 +203,7 @@ OPERATIONS: Mapping[tuple[str, str], dict[str, Any]] = {
     ("GET", "/files/{file_id}"): {"responses": {200: {"model": FileAnswer}} | _errors(404)},
     ("DELETE", "/files/{file_id}"): {"responses": {200: {"model": DeletedAnswer}} | _errors(400, 404)},
     ("GET", "/files/{file_id}/content"): {
+        "response_class": StreamingResponse,
         "responses": {
             200: {
                 "description": "The bytes.",
