@@ -96,7 +96,7 @@ class Cache:
         self,
         on_change: Callable[[Key], None] = lambda key: None,
         on_news: Callable[[Key, tuple[Ref, int]], None] | None = None,
-        on_known: Callable[[Key, tuple[Ref, int]], None] = lambda *_: None,
+        on_known: Callable[[Key, tuple[Ref, int]], None] = lambda key, news: None,
     ) -> None:
         """Tell of changes.
 
