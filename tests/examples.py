@@ -1,6 +1,7 @@
 """Good requests for every documented route of every predictor: what truth is measured with, and fuzz made of."""
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -92,7 +93,22 @@ def _captions() -> list[Request]:
     ]
 
 
+def _orders() -> list[Request]:
+    """A file of requests, as OpenAI's batch API takes it."""
+    image = {"type": "image_url", "image_url": {"url": picture()}}
+    body = {"model": "pipeline", "messages": [{"role": "user", "content": [image]}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    file = ("orders.jsonl", json.dumps(line).encode(), "application/jsonl")
+    return [{"files": [("file", file)], "data": {"purpose": "batch"}}]
+
+
 _OWN: Mapping[tuple[str, str], Any] = {
+    ("pipeline", "/v1/files"): _orders,
+    ("pipeline", "/v1/files/{file_id}"): lambda: [{"path": f"/v1/files/{UNKNOWN}"}],
+    ("pipeline", "/v1/batches"): lambda: [
+        {"json": {"input_file_id": UNKNOWN, "endpoint": "/v1/chat/completions", "completion_window": "24h"}},
+    ],
+    ("pipeline", "/v1/batches/{batch_id}/cancel"): lambda: [{"path": f"/v1/batches/{UNKNOWN}/cancel"}],
     ("pipeline", "/caption"): _captions,
     ("describe", "/api/v1/run"): lambda: [
         {"json": {"image_url": picture(), "prompt": "Describe this image in detail", "max_tokens": 32, "seed": 1}},
@@ -154,6 +170,11 @@ _OWN: Mapping[tuple[str, str], Any] = {
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 _GETS: Mapping[str, str] = {
+    "/v1/files/{file_id}": f"/v1/files/{UNKNOWN}",
+    "/v1/files/{file_id}/content": f"/v1/files/{UNKNOWN}/content",
+    "/v1/batches/{batch_id}": f"/v1/batches/{UNKNOWN}",
+    "/internal/batches/{uid}/progress": f"/internal/batches/{UNKNOWN}/progress"
+    "?fingerprint=0123456789ab&output=s3://nowhere",
     "/api/v1/status/{run_id}": f"/api/v1/status/{UNKNOWN}",
     "/task-status/{task_id}": f"/task-status/{UNKNOWN}",
     "/async-batch-caption/status/{task_id}": f"/async-batch-caption/status/{UNKNOWN}",
