@@ -210,7 +210,7 @@ OPERATIONS: Mapping[tuple[str, str], dict[str, Any]] = {
                 "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
             }
         }
-        | _errors(404)
+        | _errors(404),
     },
     ("POST", "/batches"): {
         "responses": {200: {"model": BatchAnswer}} | _errors(400, 429),
