@@ -271,3 +271,16 @@ async def test_an_endpoint_that_is_told_is_stronger_than_the_environment(
     assert await open_location(location, patience_seconds=5).create("a", b"here")
     store = open_store(location.url, "jobs", endpoint_url=s3_server.endpoint_url, region=s3_server.region)
     assert await Objects(store).read_bytes("a") == b"here"
+
+
+def test_a_disk_that_is_full_is_said_so():
+    """As obstore says it of a file system, and as S3 does; nobody may be able to mount a full one here."""
+    from obstore.exceptions import GenericError
+
+    for text in (
+        "Generic LocalFileSystem error: Unable to copy data to file: No space left on device (os error 28)",
+        "Generic S3 error: Server returned error response: <Code>InsufficientStorage</Code>",
+    ):
+        fault = module.fault_of(GenericError(text), "file:///data", "parts/a")
+        assert isinstance(fault, StoreUnavailable)
+        assert "no space left" in str(fault)

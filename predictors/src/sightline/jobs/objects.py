@@ -50,6 +50,7 @@ PART_BYTES = 8 * 1024 * 1024
 CREATE_ATTEMPTS = 8
 
 _ABSENT_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
+_FULL = ("No space left on device", "Disk quota exceeded", "InsufficientStorage", "QuotaExceeded")
 _REFUSED = (
     "XAdminUserNotFound",  # versitygw: no such access key, with status 404
     "InvalidAccessKeyId",
@@ -331,6 +332,8 @@ def fault_of(error: Exception, where: str, key: str) -> StoreFault:
         return Missing(f"{place}: there is no such object")
     if isinstance(error, PreconditionError):
         return Changed(f"{place}: the object has changed")
+    if _holds(text, _FULL):
+        return StoreUnavailable(f"{where}: there is no space left")
     return StoreUnavailable(f"{where}: the store does not answer as it should")
 
 

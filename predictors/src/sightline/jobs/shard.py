@@ -43,6 +43,8 @@ CHUNKS_AHEAD = 4
 PROGRESS_SECONDS = 5.0
 STORE_PATIENCE_SECONDS = 600.0
 STORE_PAUSE_SECONDS = 2.0
+STORE_SAID_SECONDS = 60.0
+"""As long as it stays the same, a fault of the store is said so often."""
 LAST_REPORT_SECONDS = 2.0
 
 
@@ -312,14 +314,19 @@ class _Work:
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """What is done is kept while the store is away or full. Missing, of a key that was listed, is the same."""
-        deadline = time.monotonic() + self.patience
+        begun = time.monotonic()
+        said, said_at = "", begun
         while True:
             try:
                 return await call()
             except (StoreUnavailable, Missing) as error:
-                if time.monotonic() + STORE_PAUSE_SECONDS > deadline:
+                now = time.monotonic()
+                if now + STORE_PAUSE_SECONDS > begun + self.patience:
                     raise
-                log.warning("shard %d: %s", self.shard, error)
+                if str(error) != said or now > said_at + STORE_SAID_SECONDS:
+                    said, said_at = str(error), now
+                    left = begun + self.patience - now
+                    log.warning("shard %d waits, for %.0f s at most: %s", self.shard, left, error)
                 await asyncio.sleep(STORE_PAUSE_SECONDS)
 
 
