@@ -148,6 +148,14 @@ class TestAFolder:
         assert (photos / "trip" / "last.txt").read_text() == enhanced(caption_of(picture(29))) + "\n"
         assert len(rows()) == 29
 
+    def test_sidecars_of_a_list_lie_beside_its_images(self, photos: Path, stub: Stub) -> None:
+        Path("some.jsonl").write_text('{"uri": "photos/001.png"}\n{"uri": "photos/trip/last.PNG"}\n')
+
+        run("some.jsonl", stub, "--sidecars")
+
+        assert (photos / "001.txt").read_text() == enhanced(caption_of(picture(1))) + "\n"
+        assert (photos / "trip" / "last.txt").read_text() == enhanced(caption_of(picture(29))) + "\n"
+
     def test_the_same_bytes_are_asked_once_where_that_is_wanted(self, photos: Path, stub: Stub) -> None:
         for number in range(5):
             (photos / f"copy-{number}.png").write_bytes(picture(0))
@@ -171,6 +179,20 @@ class TestAFolder:
         assert stub.asks == 0
         assert not Path("captions.jsonl").exists()
         assert "There are no batches" in sightline("status").stdout
+
+    def test_sidecars_of_a_prefix_that_is_no_folder_lie_beside_the_images(
+        self, s3_server: S3Server, stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        for name, value in s3_server.environment().items():
+            monkeypatch.setenv(name, value)
+        for year in (2024, 2025):
+            s3_server.put("laptop", f"{tmp_path.name}/side/{year}-a.png", picture(year))
+
+        run(f"s3://laptop/{tmp_path.name}/side/2024-", stub, "--sidecars")
+
+        listed = s3_server.client.list_objects_v2(Bucket="laptop", Prefix=f"{tmp_path.name}/side/")["Contents"]
+        found = {item["Key"].removeprefix(f"{tmp_path.name}/side/") for item in listed}
+        assert found == {"2024-a.png", "2024-a.txt", "2025-a.png"}
 
 
 class TestOtherInputs:

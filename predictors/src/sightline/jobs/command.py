@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sightline.jobs.going import Going
     from sightline.jobs.laptop import Laptop, Order, Standing
-    from sightline.jobs.page import Input
+    from sightline.jobs.page import Input, Location
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 WRONG = 2
@@ -96,7 +96,7 @@ def run(
     kind = "openai" if place.format == "OpenAIBatch" else "gateway" if predictor is None else "v2"
     if existing not in ("skip", "overwrite", "append"):
         raise _wrong("--existing is skip, overwrite or append")
-    beside = place.location if sidecars or (existing != "overwrite" and sidecars_to is None) else None
+    beside = _folder(place) if sidecars or (existing != "overwrite" and sidecars_to is None) else None
     order = Order(
         input=place,
         out=str(out.absolute()),
@@ -199,6 +199,16 @@ def _input(source: str, suffixes: tuple[str, ...], max_items: int) -> "Input":
     from dataclasses import replace
 
     return replace(place, suffixes=tuple(end if end.startswith(".") else f".{end}" for end in suffixes))
+
+
+def _folder(images: "Input") -> "Location":
+    """Where sidecars beside the images begin: a list and a prefix such as `photos/2024-` are in a folder, and none."""
+    from sightline.jobs.page import Location
+
+    url = images.location.url
+    is_folder = images.kind == "prefix" and (url.startswith("file://") or url.endswith("/"))
+    bucket = "/".join(url.split("/", 3)[:3])  # with nothing behind it, the bucket is the folder
+    return images.location if is_folder or url == bucket else Location(url.rpartition("/")[0] + "/")
 
 
 def _address(place: str) -> str:
