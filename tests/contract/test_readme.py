@@ -44,7 +44,7 @@ def test_its_two_commands_are_make_targets():
     makefile = (ROOT / "Makefile").read_text()
     assert SHELL[0].strip() == "make demo"
     assert SHELL[1].strip() == "make test"
-    for target in re.findall(r"make ([a-z]+)", README):
+    for target in re.findall(r"`make ([a-z0-9-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
