@@ -36,6 +36,7 @@ RULES: dict[str, dict[str, Any]] = {
     "imagePullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "imagePrefix": {"pattern": "^$|/$"},
     "imagePullSecrets": OBJECTS,
+    **{f"{part}.image": {"minLength": 1} for part in ("operator", "models", "gateway")},
     "operator.replicas": {"minimum": 1, "maximum": 5},
     "operator.namespaces": {"items": {"type": "string", **NAME}},
     "operator.deploymentMode": {"enum": ["Standard", "RawDeployment", "Knative", "Serverless"]},

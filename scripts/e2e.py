@@ -69,7 +69,7 @@ def _says(*words: str) -> str:
 
 
 def _cluster() -> None:
-    if not _says("kubectl", "version", "-o", "name", "--request-timeout=5s") and not _says("kubectl", "get", "nodes"):
+    if not _says("kubectl", "get", "nodes", "-o", "name", "--request-timeout=5s"):
         image = os.environ.get("KIND_NODE_IMAGE")
         _run("kind", "create", "cluster", *(["--image", image] if image else []))
     if not _says("kubectl", "get", "crd", "inferenceservices.serving.kserve.io", "-o", "name"):

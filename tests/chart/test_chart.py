@@ -198,6 +198,7 @@ def test_a_pipeline_is_one_that_its_own_types_take():
         ("models.sharedMemory=lots", "sharedMemory"),
         ("models.tokenSecretRef.name=hub", "tokenSecretRef"),
         ("imagePrefix=images.example", "imagePrefix"),
+        ("models.image=", "image"),
         ("pipeline.name=Not_A_Name", "name"),
         ("kueue.localQueue=batches", "kueue.clusterQueue"),
         ("pipeline.enabled=true,pipeline.name=it-sightline", "pipeline.name"),

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import orjson
 
 from sightline.jobs.items import Counts
-from sightline.jobs.layout import PARTS, Layout
+from sightline.jobs.layout import CANCELLED, PARTS, Layout
 from sightline.jobs.objects import Objects, is_id
 from sightline.jobs.page import Input, Location, Options, Outputs, Page, Target, fingerprint
 
@@ -164,11 +164,11 @@ class Records:
 
     async def cancel(self, job_id: str, at: float) -> None:
         """Ask whoever works on a job to end it."""
-        await self.objects.create(self._key(job_id, "CANCELLED"), orjson.dumps({"at": at}))
+        await self.objects.create(self._key(job_id, CANCELLED), orjson.dumps({"at": at}))
 
     async def cancelled_at(self, job_id: str) -> float | None:
         """When somebody asked for its end, seconds since 1970; None: nobody has."""
-        said = await self.objects.read(self._key(job_id, "CANCELLED"))
+        said = await self.objects.read(self._key(job_id, CANCELLED))
         return None if said is None else float(said["at"])
 
     async def put_uploads(self, job_id: str, uploads: Mapping[str, bytes]) -> None:
