@@ -133,9 +133,11 @@ async def test_an_operator_that_dies_after_each_of_its_writes_brings_a_batch_to_
             assert lives < 60, calls
         async with operator_of(live):
             cr = await live.ended()
-    assert lives >= 8, calls
     assert live.is_once(cr, 6)
-    assert sum(call.startswith("create Job") for call in calls) == 3
+    # How many writes one status takes is the clock's; that an operator died after each Job, and made none twice, is not.
+    assert sorted(call for call in calls if call.startswith("create Job")) == [
+        f"create Job b-{name}" for name in ("finish", "plan", "run")
+    ]
 
 
 async def test_a_batch_whose_workers_end_while_the_operator_is_away_is_finished_when_it_is_back(live: Live) -> None:

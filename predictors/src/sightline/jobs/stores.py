@@ -269,8 +269,9 @@ class Stores:
 
         def read() -> bytes:
             said = client.get_object(Bucket=address.bucket, Key=address.key, **matched)
-            self._check(said["ContentLength"], address.uri(address.key))
-            return cast("bytes", said["Body"].read())
+            with contextlib.closing(said["Body"]) as body:
+                self._check(said["ContentLength"], address.uri(address.key))
+                return cast("bytes", body.read())
 
         return self._patiently(read, address)
 
