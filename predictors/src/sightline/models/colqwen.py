@@ -35,6 +35,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sightline.engines.base import IsAbandoned, Runtime
+from sightline.engines.packing import packs
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter, SightlineError
 from sightline.models.loading import LoadFailed, as_plain_text, check_kind, check_length, load_pretrained, model_info
 from sightline.settings import EmbedSettings
@@ -287,27 +288,6 @@ def golden_page() -> Image.Image:
     pixels[20:60, 20:60] = (220, 40, 40)
     pixels[:, 80:, 1] = np.linspace(0, 255, 80).astype(np.uint8)
     return Image.fromarray(pixels)
-
-
-def packs(lengths: Sequence[int], max_items: int, max_tokens: int) -> list[list[int]]:
-    """Which items share a forward: similar lengths together, within both budgets; every index exactly once.
-
-    max_tokens   of a padded forward (items x longest); an item longer than that goes alone
-
-    A pack ends where padding would be more than half of an item: queries are not padded to the length of pages.
-    """
-    found: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if found:
-            pack = found[-1]
-            fits = len(pack) < max_items and (len(pack) + 1) * longest <= max_tokens
-            if fits and 2 * lengths[index] >= longest:
-                pack.append(index)
-                continue
-        found.append([index])
-        longest = lengths[index]
-    return found
 
 
 def pool(vectors: Vectors, factor: int) -> Vectors:
