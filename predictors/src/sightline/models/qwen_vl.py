@@ -21,6 +21,7 @@ from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
 from sightline.images import scaled
+from sightline.models.layers import PatchMatrix
 from sightline.models.loading import (
     Quantization,
     as_plain_text,
@@ -83,6 +84,8 @@ class QwenVL:
         )
         self._image_token_id = int(self._model.config.image_token_id)
         self._eos = _eos_token_ids(self._model, self._tokenizer)
+        patches: Any = self._model.model.visual.patch_embed
+        patches.proj = PatchMatrix(patches.proj)
         self._text_model: Any = self._model.model.language_model
         self.repetition_penalty = repetition_penalty(self._model)
         self.info = model_info(self._model, settings)
