@@ -284,8 +284,8 @@ def test_a_repetition_penalty_is_that_of_generate(case: Case, monkeypatch: pytes
     """Qwen2.5-VL ships 1.05; here it is so strong that it changes what is said."""
     network = case.model._model.text_decoder if isinstance(case.model, Blip) else case.model._model
     without = [case.plainly(prompt) for prompt in case.prompts]
-    monkeypatch.setattr(network.generation_config, "repetition_penalty", 1.8)
-    monkeypatch.setattr(case.model, "repetition_penalty", 1.8)
+    monkeypatch.setattr(network.generation_config, "repetition_penalty", 20.0)
+    monkeypatch.setattr(case.model, "repetition_penalty", 20.0)
     run = Run(case)
     run.join(*range(len(case.prompts)))
     run.end()

@@ -164,7 +164,7 @@ class EngineSettings(ServerSettings):
         "auto", description="auto: the type the checkpoint was saved in."
     )
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: from the CPU quota.")
-    max_batch: int = Field(32, gt=0, description="Requests that may be answered at once.")
+    max_batch: int = Field(8, gt=0, description="Requests that may be answered at once.")
 
 
 class JobSettings(ServerSettings):

@@ -353,7 +353,8 @@ class Decoder(Generic[Prompt]):
         known = None
         if self._network.repetition_penalty != 1:
             known = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            known[self._network.token_ids(prompt).to(logits.device)] = True
+            ids = self._network.token_ids(prompt).to(logits.device)
+            known[ids[ids < len(known)]] = True  # a begin token may be past the words that can be said
         return _Chooser(sampling, logits.device, known)
 
     def _chosen(self, logits: torch.Tensor, choosers: Sequence[_Chooser]) -> list[int]:
