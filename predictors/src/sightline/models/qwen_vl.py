@@ -7,7 +7,7 @@ Traps    `mm_token_type_ids` must reach the model: without it positions silently
          A prompt without image tokens means that the model would answer blind: refused here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
-from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
+from sightline.engines.decoding import Decoder, Prefilled, Slots, causal, generate, last_of, layers_of, padded
 from sightline.engines.images import ImageCache, content_hash
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
@@ -193,7 +193,8 @@ class QwenVL:
         hidden = self._text_model(
             inputs_embeds=embedded,
             position_ids=positions,
-            attention_mask={"full_attention": None},  # causal, and padding comes last
+            # None is causal, and padding comes last.
+            attention_mask=self._masks(lambda window: window and causal(ids.shape[1], ids.device, window)),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -204,11 +205,18 @@ class QwenVL:
         hidden = self._text_model(
             inputs_embeds=self._text_model.embed_tokens(tokens[:, None]),
             position_ids=positions[None, :, None].expand(3, -1, -1),
-            attention_mask={"full_attention": slots.seen(tokens.device)},
+            attention_mask=self._masks(lambda window: slots.seen(tokens.device, window)),
             past_key_values=slots,
             use_cache=True,
         ).last_hidden_state
         return self._model.lm_head(hidden[:, -1])
+
+    def _masks(self, seen: Callable[[int | None], Any]) -> dict[str, Any]:
+        """By the kind of layer; few checkpoints have layers with a window."""
+        masks = {"full_attention": seen(None)}
+        if self._text_model.has_sliding_layers:
+            masks["sliding_attention"] = seen(int(self._text_model.config.sliding_window))
+        return masks
 
     def postprocess(self, generated: Generated) -> str:
         """The text of an answer, control tokens removed, stripped (contract A8)."""
