@@ -123,7 +123,11 @@ class ServerSettings(ImageSettings):
 
     max_request_bytes: int = Field(100 * MEBIBYTE, gt=0)
     max_parts: int = Field(32, gt=0, description="Multipart parts of one request.")
-    queue_size: int = Field(64, gt=0, description="Requests that may wait; one more is 429.")
+    queue_size: int = Field(
+        64,
+        gt=0,
+        description="Requests that may wait; one more is 429. Those with `x-priority: batch` fill at most half.",
+    )
     deadline_seconds: float = Field(
         120, gt=0, description="A request may ask for less by X-Request-Timeout-Ms, never for more."
     )

@@ -72,6 +72,9 @@ TIMEOUT_HEADER = "x-request-timeout-ms"
 
 What travels is the remainder, not a wall-clock time, so that two machines need not agree on the hour.
 """
+PRIORITY_HEADER = "x-priority"
+BATCH_PRIORITY = "batch"
+"""Of a request that nobody waits for: it takes the places that people leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,7 @@ class Context:
     principal    which API key sent it, as a short digest; empty when authentication is off
     traceparent  the caller's W3C trace context, handed on as it came, and
     tracestate   what its tracing systems add to it
+    is_batch     nobody waits for the answer: it takes only places that people leave
     """
 
     request_id: str
@@ -248,3 +252,4 @@ class Context:
     principal: str = ""
     traceparent: str | None = None
     tracestate: str | None = None
+    is_batch: bool = False

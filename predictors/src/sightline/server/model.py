@@ -41,21 +41,27 @@ class Call:
     context: Context
 
 
+BATCH_SHARE = 0.5
+"""Of a queue's places, those that batches may fill."""
+
+
 class Admission:
     """A bound on items that are queued or running, taken before any work is done for them."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._limit, self._batch_limit = limit, max(1, int(limit * BATCH_SHARE))
         self._items = 0
         self._seconds_per_item = 1.0
 
     @contextmanager
-    def admit(self, items: int) -> Generator[None]:
+    def admit(self, items: int, *, is_batch: bool = False) -> Generator[None]:
         """Hold permits for `items`. Raises QueueFull (429) with the time that the waiting ones will take.
+
+        is_batch  only while less than half of the places are taken, by whomever: the others are for people
 
         An idle server takes a request of any size, so that a limit below the size of one call blocks nobody.
         """
-        if self._items and self._items + items > self._limit:
+        if self._items and self._items + items > (self._batch_limit if is_batch else self._limit):
             raise QueueFull(
                 "Too many requests are waiting; try again later.",
                 retry_after=min(60.0, max(1.0, self._items * self._seconds_per_item)),
@@ -131,7 +137,10 @@ class PredictorModel(Model):
     async def run(self, requests: Sequence[Any], context: Context) -> Sequence[Any]:
         """Requests in, results out, same length and order. Raises Unavailable (503), QueueFull (429)."""
         self.check_loaded()
-        with self._admission.admit(len(requests)), metrics.in_flight(self.name, len(requests)):
+        with (
+            self._admission.admit(len(requests), is_batch=context.is_batch),
+            metrics.in_flight(self.name, len(requests)),
+        ):
             # KServe types bodies and answers as its own; they pass through it untouched.
             results, _ = await cast("Any", self)(Call(requests, context))
         return results
@@ -143,7 +152,7 @@ class PredictorModel(Model):
         """
         self.check_loaded()
         service = cast("ChatService[Any]", self.service)
-        with self._admission.admit(1), metrics.in_flight(self.name, 1):
+        with self._admission.admit(1, is_batch=context.is_batch), metrics.in_flight(self.name, 1):
             async with aclosing(service.stream(request, context)) as parts:
                 async for part in parts:
                     if isinstance(part, Completion):
