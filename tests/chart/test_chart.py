@@ -30,9 +30,9 @@ def helm(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["helm", *words], capture_output=True, text=True, check=False, timeout=120)
 
 
-def rendered(*words: str, include_crds: bool = False) -> list[Manifest]:
+def rendered(*words: str, include_crds: bool = False, release: str = "it") -> list[Manifest]:
     crds = ["--include-crds"] if include_crds else []
-    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", "-n", "vision", *crds, *KSERVE, *words)
+    done = helm("template", release, str(CHART), "--kube-version", "1.35.0", "-n", "vision", *crds, *KSERVE, *words)
     assert done.returncode == 0, done.stderr
     return [item for item in yaml.safe_load_all(done.stdout) if item]
 
