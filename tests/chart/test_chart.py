@@ -5,7 +5,6 @@ helm is taken from PATH; without it these are skipped, loudly.
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.chart.tools import needs
 from tests.conftest import ROOT
 
 CHART = ROOT / "charts" / "sightline"
@@ -20,7 +20,7 @@ SHAPES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART
 MODELS = ("describe", "generate", "embed", "enhance", "blip")
 KSERVE = ("--api-versions", "serving.kserve.io/v1beta1")
 
-needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not on PATH: the chart is NOT tested")
+needs_helm = needs("helm")
 pytestmark = needs_helm
 
 Manifest = dict[str, Any]

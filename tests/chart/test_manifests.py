@@ -3,7 +3,6 @@
 kubectl is taken from PATH for its Kustomize; without it these are skipped, loudly.
 """
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ import yaml
 from sightline_operator.__main__ import PREFIX, _parser, _settings
 from sightline_operator.settings import OperatorSettings
 from tests.chart.test_chart import Manifest, needs_helm, of, rendered
+from tests.chart.tools import needs
 from tests.conftest import ROOT
 
 MANIFESTS = ROOT / "manifests"
 OVERLAY = MANIFESTS / "overlays" / "example"
 
-needs_kubectl = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is not on PATH: manifests/base is NOT tested"
-)
+needs_kubectl = needs("kubectl")
 pytestmark = needs_kubectl
 
 

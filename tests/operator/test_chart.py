@@ -1,16 +1,15 @@
 """The chart against a real API server: every shape in ci/ is taken, strictly checked, with restricted Pod Security."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.chart.test_chart import SHAPES, rendered
+from tests.chart.test_chart import SHAPES, needs_helm, rendered
 from tests.operator.conftest import ApiServer
 
-pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not on PATH: the chart is NOT tested")
+pytestmark = needs_helm
 
 FOREIGN = ("monitoring.coreos.com", "kueue.x-k8s.io")
 """Groups whose CRDs these tests have not."""
