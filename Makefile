@@ -10,6 +10,15 @@ PORT ?= 8080
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
+# What `make tools` has brought, where it has.
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+export KSERVE
+ifneq ($(wildcard .tools/envtest/kube-apiserver),)
+export KUBEBUILDER_ASSETS ?= $(CURDIR)/.tools/envtest
+endif
+ifneq ($(wildcard .tools/kserve/kserve-crd/templates),)
+export KSERVE_CRDS ?= $(CURDIR)/.tools/kserve/kserve-crd/templates
+endif
 
 ##@ Use
 
@@ -33,6 +42,28 @@ e2e: .venv/.dev ## Images, chart and tests on a cluster (KUBECONFIG, or kind; `p
 
 e2e-quick: .venv/.dev ## The quick part: chart in, pipeline Ready, right captions, a batch with a killed worker
 	@$(BIN)/python scripts/e2e.py --quick $(ARGS)
+
+.PHONY: tools cluster
+tools: ## Bring kind, helm, kubeconform, an API server and more into .tools, by Go (ONLY="kind helm")
+	@$(PYTHON) scripts/tools.py $(ONLY)
+
+cluster: .venv/.dev ## A kind cluster, unless one answers, with KServe (KSERVE=0.19.0)
+	@$(BIN)/python scripts/cluster.py $(if $(KSERVE),--kserve $(KSERVE))
+
+.PHONY: images
+images: ## Build the images (ONLY=operator, IMAGE_PREFIX=my.registry/team/, TAG=v1)
+	@for target in $(or $(ONLY),gateway operator predictor-cpu predictor-cuda); do \
+		image="$(IMAGE_PREFIX)sightline-$${target/-cpu/}:$(or $(TAG),0.1.0)"; \
+		docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --target "$$target" -t "$$image" .; \
+		docker image inspect --format "$$image {{.Size}} bytes" "$$image"; \
+	done
+
+.PHONY: chart workflows
+chart: .venv/.dev ## Chart and manifests without a cluster; every tool that the tests can take must be there (`make tools`)
+	@REQUIRE_TOOLS=1 $(BIN)/pytest tests/chart tests/operator/test_chart.py tests/operator/test_manifests.py $(ARGS)
+
+workflows: ## Read the workflows as GitHub would
+	@actionlint -shellcheck= -pyflakes=
 
 .PHONY: accuracy
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)

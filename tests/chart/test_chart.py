@@ -5,7 +5,6 @@ helm is taken from PATH; without it these are skipped, loudly.
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.chart.tools import needs
 from tests.conftest import ROOT
 
 CHART = ROOT / "charts" / "sightline"
@@ -20,7 +20,7 @@ SHAPES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART
 MODELS = ("describe", "generate", "embed", "enhance", "blip")
 KSERVE = ("--api-versions", "serving.kserve.io/v1beta1")
 
-needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not on PATH: the chart is NOT tested")
+needs_helm = needs("helm")
 pytestmark = needs_helm
 
 Manifest = dict[str, Any]
@@ -30,11 +30,15 @@ def helm(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["helm", *words], capture_output=True, text=True, check=False, timeout=120)
 
 
-def rendered(*words: str, include_crds: bool = False) -> list[Manifest]:
-    crds = ["--include-crds"] if include_crds else []
-    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", "-n", "vision", *crds, *KSERVE, *words)
+def helm_template(*words: str, release: str = "it") -> str:
+    done = helm("template", release, str(CHART), "--kube-version", "1.35.0", "-n", "vision", *KSERVE, *words)
     assert done.returncode == 0, done.stderr
-    return [item for item in yaml.safe_load_all(done.stdout) if item]
+    return done.stdout
+
+
+def rendered(*words: str, include_crds: bool = False, release: str = "it") -> list[Manifest]:
+    crds = ["--include-crds"] if include_crds else []
+    return [item for item in yaml.safe_load_all(helm_template(*crds, *words, release=release)) if item]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -200,6 +204,12 @@ def test_a_pipeline_is_one_that_its_own_types_take():
         ("imagePrefix=images.example", "imagePrefix"),
         ("models.image=", "image"),
         ("pipeline.name=Not_A_Name", "name"),
+        ("models.autoscaling.itemsInFlight=4", "prometheus"),
+        ("models.autoscaling.targetPercent=50", "maxReplicas"),
+        ("models.cache.size=much", "size"),
+        ("models.cache.accessMode=Any", "accessMode"),
+        ("predictors.blip.autoscaling.max=3", "autoscaling"),
+        ("predictors.blip.enabled=true,predictors.blip.replicas=0,models.autoscaling.maxReplicas=3", "blip.replicas"),
         ("kueue.localQueue=batches", "kueue.clusterQueue"),
         ("pipeline.enabled=true,pipeline.name=it-sightline", "pipeline.name"),
     ],
@@ -211,10 +221,34 @@ def test_a_wrong_value_is_refused_by_its_name(words: str, named: str):
 
 
 def test_a_cluster_without_kserve_is_told_what_to_install():
-    words = ("--set=operator.enabled=false", "--set=predictors.blip.enabled=true")
-    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *words)
+    """`v1/Pod` is what Helm knows of a cluster that it asked; offline it knows none, and the operator can wait."""
+    on = "--set=predictors.blip.enabled=true"
+    for words in (["--set=operator.enabled=false", on], [on, "--api-versions", "v1/Pod"]):
+        done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *words)
+        assert done.returncode != 0
+        assert "kserve-crd" in done.stderr
+    assert helm("template", "it", str(CHART), "--kube-version", "1.35.0", on).returncode == 0
+    assert rendered(on, "--api-versions", "v1/Pod")
+
+
+def test_a_cluster_without_keda_is_told_what_to_install():
+    there = ("--api-versions", "v1/Pod", "-f", str(SHAPES["scaled"]))
+    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *KSERVE, *there)
     assert done.returncode != 0
-    assert "kserve-crd" in done.stderr
+    assert "needs KEDA" in done.stderr
+    assert of(rendered(*there, "--api-versions", "keda.sh/v1alpha1"), "ScaledObject")
+
+
+def test_keda_scales_by_a_metric_that_the_predictors_have():
+    from sightline.server import metrics
+
+    (scaled,) = of(rendered("-f", str(SHAPES["scaled"])), "ScaledObject").values()
+    service = of(rendered("-f", str(SHAPES["scaled"])), "InferenceService")["it-sightline-generate"]
+    assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
+    assert scaled["spec"]["scaleTargetRef"]["name"] == f"{service['metadata']['name']}-predictor"
+    (trigger,) = scaled["spec"]["triggers"]
+    asked = set(re.findall(r"sightline_\w+", trigger["metadata"]["query"]))
+    assert asked == {"sightline_items_in_flight"} <= _names(metrics)
 
 
 def test_every_alert_has_its_runbook_and_every_runbook_its_alert():
@@ -267,3 +301,83 @@ def test_the_generated_files_are_up_to_date(tmp_path: Path):
     book = (CHART / "README.md").read_text()
     assert "<!--" not in book
     assert all(f"`{name}." in book or f"`{name}`" in book for name in values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_renders_to_its_golden_file(shape: str):
+    from tests.chart.golden import FOLDER, golden_of
+
+    kept = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert kept == set(SHAPES)
+    old, new = ((FOLDER / f"{shape}.yaml").read_text(), golden_of(shape))
+    assert list(yaml.safe_load_all(new)) == list(yaml.safe_load_all(old)), "meant? `python -m tests.chart.golden`"
+
+
+@needs("helm-unittest")
+def test_the_chart_s_own_unit_tests_pass():
+    done = subprocess.run(
+        ["helm-unittest", "--strict", str(CHART)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"Tests: +[1-9][0-9]+ passed", done.stdout), done.stdout
+
+
+GIVEN = "predictors.generate.enabled=true"
+TOO_LARGE = [
+    (f"{GIVEN},predictors.generate.env.QUANTIZATION=none", "predictors.generate"),
+    ("predictors.enhance.enabled=true,predictors.enhance.model=openai/gpt-oss-120b", "predictors.enhance"),
+    ("pipeline.enabled=true,pipeline.spec.enhance.inferenceService.model.name=openai/gpt-oss-120b", "pipeline.spec"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), TOO_LARGE)
+def test_a_model_that_no_gpu_of_the_profile_holds_is_refused_before_anything_is_scheduled(words: str, named: str):
+    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *KSERVE, "--set", f"profile=gpu-1x24,{words}")
+    assert done.returncode != 0
+    assert named in done.stderr
+    assert "does not fit profile gpu-1x24" in done.stderr
+    roomy = "gpu-1x48" if "generate" in words else "gpu-1x80"
+    assert rendered(f"--set=profile={roomy},{words}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{GIVEN},predictors.generate.model=moonshotai/Kimi-VL-A3B-Instruct",  # on GPUs in 8 bits by itself
+        f"{GIVEN},predictors.generate.model=my/own",
+        "predictors.describe.enabled=true,predictors.describe.model=s3://weights/huge",
+        "pipeline.enabled=true,pipeline.spec.caption.inferenceService.model.uri=s3://weights/huge",
+    ],
+)
+def test_what_is_not_known_is_not_judged(words: str):
+    assert rendered(f"--set=profile=gpu-1x24,{words}")
+
+
+def test_the_weights_that_are_refused_by_are_those_that_the_profiles_name():
+    """One arithmetic: a profile's own models fit it, and each stands in the table."""
+    weights = yaml.safe_load((CHART / "files" / "weights.yaml").read_text())
+    profiles = yaml.safe_load((CHART / "files" / "profiles.yaml").read_text())
+    for name, profile in profiles.items():
+        for kind in MODELS:
+            if "model" in profile[kind]:
+                known = weights[profile[kind]["model"]]
+                assert known[profile[kind].get("quantization", "none")] * 1.2 <= int(name.rpartition("x")[2])
+
+
+def test_the_pipeline_s_own_pods_get_the_chart_s_scheduling():
+    from sightline_operator.render import render_pipeline
+    from sightline_operator.settings import RenderSettings
+
+    (pipeline,) = of(rendered("-f", str(SHAPES["scaled"])), "VisionPipeline").values()
+    pipeline["metadata"]["namespace"] = "vision"
+    services = of(
+        list(render_pipeline(pipeline, RenderSettings(), frozenset({"InferenceService"}))), "InferenceService"
+    )
+    assert len(services) == 2
+    for service in services.values():
+        pod = service["spec"]["predictor"]
+        assert pod["runtimeClassName"] == "nvidia"
+        assert pod["priorityClassName"] == "sightline-serving"
+        assert pod["nodeSelector"] == {"pool": "large"}
+        (cache,) = [item for item in pod["volumes"] if item["name"] == "cache"]
+        assert cache == {"name": "cache", "persistentVolumeClaim": {"claimName": "it-sightline-cache"}}
