@@ -17,9 +17,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import e2e_report as report
+
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"gateway": "sightline-gateway", "operator": "sightline-operator", "predictor-cpu": "sightline-predictor"}
 TIMES: list[tuple[str, float]] = []
+TESTS: list[report.Test] = []
 
 
 def main() -> int:
@@ -28,27 +31,48 @@ def main() -> int:
     parser.add_argument("--namespace", default="sightline-e2e", help="of the release; made, and deleted in the end")
     parser.add_argument("--tag", default="e2e", help="of the images")
     parser.add_argument("--skip-images", action="store_true", help="they are where the nodes pull from already")
-    parser.add_argument("--keep", action="store_true", help="leave the release there")
-    parser.add_argument("--report", type=Path, help="file for the times, as Markdown")
+    parser.add_argument("--keep", action="store_true", help="leave the release there: no test of its uninstall")
+    parser.add_argument("--report", type=Path, help="file for times, versions and sizes, as Markdown")
+    parser.add_argument("--picture", type=Path, help="file for what `kubectl get vpipe,vbatch` shows, as SVG")
     options = parser.parse_args()
     missing = [name for name in ("kubectl", "helm") if shutil.which(name) is None]
     if missing:
         sys.exit(f"{' and '.join(missing)} must be on PATH")
+    begun = time.monotonic()
     with _step("cluster"):
         _cluster()
     with _step("images"):
         s3_image = _images(options.tag, is_there=options.skip_images)
     with _step("install"):
         _install(options.namespace, options.tag)
+    code, shown = _all_tests(options, s3_image)
+    print(shown, flush=True)
+    TIMES.append(("all", time.monotonic() - begun))
+    images = [f"{_prefix()}{name}:{options.tag}" for name in TARGETS.values()]
+    text = report.text(TIMES, TESTS, images, shown)
+    print(text, flush=True)
+    if options.report is not None:
+        options.report.write_text(text)
+    if options.picture is not None:
+        options.picture.write_text(report.picture(shown))
+    return code
+
+
+def _all_tests(options: argparse.Namespace, s3_image: str) -> tuple[int, str]:
+    """Run them, the end of the release last. Returns pytest's exit status, and what kubectl shows of our kinds."""
+    rest = [] if options.quick else ["test_cluster.py", "test_samples.py"]
     with _step("tests"):
-        code = _test(options.namespace, s3_image, is_quick=options.quick)
+        code = _test(options, s3_image, "test_quick.py", *rest)
+    shown = _says("kubectl", "get", "vpipe,vbatch", "-n", options.namespace)
+    if code == 0 and not options.keep:
+        with _step("uninstall"):
+            if options.quick:
+                _uninstall(options.namespace)
+            else:
+                code = _test(options, s3_image, "test_uninstall.py")
     if code:
         _keep_evidence(options.namespace)
-    elif not options.keep:
-        with _step("uninstall"):
-            _uninstall(options.namespace)
-    _report(options.report)
-    return code
+    return code, shown
 
 
 @contextlib.contextmanager
@@ -97,6 +121,9 @@ def _images(tag: str, *, is_there: bool) -> str:
     for target, name in TARGETS.items():
         built.append(f"{_prefix()}{name}:{tag}")
         _run("docker", "build", "-q", "--target", target, *argument, "-t", built[-1], ".")
+    built.append(f"{_prefix()}{TARGETS['operator']}:{tag}-next")  # what the release is upgraded to
+    words = ("--build-arg", f"VERSION={tag}-next", "-t", built[-1])
+    _run("docker", "build", "-q", "--target", "operator", *argument, *words, ".")
     if "E2E_S3_IMAGE" not in os.environ:
         built.append(s3_image)
         _build_s3(s3_image, argument)
@@ -125,11 +152,19 @@ def _install(namespace: str, tag: str) -> None:
     _run("helm", "upgrade", "--install", "sightline", "charts/sightline", "-n", namespace, "--create-namespace", *words)
 
 
-def _test(namespace: str, s3_image: str, *, is_quick: bool) -> int:
-    environment = os.environ | {"E2E_NAMESPACE": namespace, "E2E_S3_IMAGE": s3_image}
-    tests = ["tests/e2e/test_quick.py"] if is_quick else ["tests/e2e"]
-    command = [sys.executable, "-m", "pytest", "-v", *tests]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+def _test(options: argparse.Namespace, s3_image: str, *files: str) -> int:
+    ours = {
+        "E2E_NAMESPACE": options.namespace,
+        "E2E_S3_IMAGE": s3_image,
+        "E2E_TAG": options.tag,
+        "E2E_NEXT_TAG": f"{options.tag}-next",
+    }
+    with tempfile.NamedTemporaryFile(suffix=".xml") as times:
+        tests = [f"tests/e2e/{file}" for file in files]
+        command = [sys.executable, "-m", "pytest", "-v", f"--junitxml={times.name}", *tests]
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | ours, check=False).returncode
+        TESTS.extend(report.tests(Path(times.name)))
+    return code
 
 
 def _uninstall(namespace: str) -> None:
@@ -148,14 +183,6 @@ def _keep_evidence(namespace: str) -> None:
         log = _says("kubectl", "logs", "-n", namespace, pod, "--all-containers", "--tail=500")
         (folder / f"{pod.rpartition('/')[2]}.log").write_text(log)
     print(f"logs, events and objects are in {folder}", flush=True)
-
-
-def _report(file: Path | None) -> None:
-    rows = [f"| {name} | {seconds:.0f} |" for name, seconds in TIMES]
-    text = "\n".join(["| step | seconds |", "|---|---:|", *rows]) + "\n"
-    print(text, flush=True)
-    if file is not None:
-        file.write_text(text)
 
 
 if __name__ == "__main__":
