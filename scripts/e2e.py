@@ -3,7 +3,7 @@
 KUBECONFIG or the current context names the cluster; without one, kind makes it (KIND_NODE_IMAGE). KServe must be there,
 or KSERVE_CHARTS is a folder with its charts kserve-crd and kserve-resources. BASE_IMAGE goes to the Dockerfile. What
 E2E_REGISTRY names (such as localhost:5001) is pushed to, instead of `kind load`. E2E_S3_IMAGE is an image of versitygw,
-by default built of the executable on PATH.
+by default built of the executable on PATH. Exit status: 0 all passed, 3 no images, 1 anything else.
 """
 
 import argparse
@@ -31,6 +31,9 @@ def main() -> int:
     parser.add_argument("--namespace", default="sightline-e2e", help="of the release; made, and deleted in the end")
     parser.add_argument("--tag", default="e2e", help="of the images")
     parser.add_argument("--skip-images", action="store_true", help="they are where the nodes pull from already")
+    parser.add_argument(
+        "--mounted", action="store_true", help="models run on this .venv, mounted into the node: .ci/quick"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the release there: no test of its uninstall")
     parser.add_argument("--report", type=Path, help="file for times, versions and sizes, as Markdown")
     parser.add_argument("--picture", type=Path, help="file for what `kubectl get vpipe,vbatch` shows, as SVG")
@@ -42,9 +45,13 @@ def main() -> int:
     with _step("cluster"):
         _cluster()
     with _step("images"):
-        s3_image = _images(options.tag, is_there=options.skip_images)
+        try:
+            s3_image = _s3_image(options.tag) if options.skip_images else _images(options)
+        except subprocess.CalledProcessError as error:
+            print(f"the images could not be made: {error}", flush=True)
+            return 3
     with _step("install"):
-        _install(options.namespace, options.tag)
+        _install(options.namespace, options.tag, is_mounted=options.mounted)
     code, shown = _all_tests(options, s3_image)
     print(shown, flush=True)
     TIMES.append(("all", time.monotonic() - begun))
@@ -55,7 +62,7 @@ def main() -> int:
         options.report.write_text(text)
     if options.picture is not None:
         options.picture.write_text(report.picture(shown))
-    return code
+    return 1 if code else 0
 
 
 def _all_tests(options: argparse.Namespace, s3_image: str) -> tuple[int, str]:
@@ -110,26 +117,42 @@ def _prefix() -> str:
     return f"{registry}/" if registry else ""
 
 
-def _images(tag: str, *, is_there: bool) -> str:
+def _s3_image(tag: str) -> str:
+    return os.environ.get("E2E_S3_IMAGE") or f"{_prefix()}versitygw:{tag}"
+
+
+def _images(options: argparse.Namespace) -> str:
     """Build ours, and one of the S3 server. Returns the latter's name."""
-    s3_image = os.environ.get("E2E_S3_IMAGE") or f"{_prefix()}versitygw:{tag}"
-    if is_there:
-        return s3_image
     base = os.environ.get("BASE_IMAGE")
     argument = ["--build-arg", f"BASE_IMAGE={base}"] if base else []
     built = []
     for target, name in TARGETS.items():
-        built.append(f"{_prefix()}{name}:{tag}")
-        _run("docker", "build", "-q", "--target", target, *argument, "-t", built[-1], ".")
-    built.append(f"{_prefix()}{TARGETS['operator']}:{tag}-next")  # what the release is upgraded to
-    words = ("--build-arg", f"VERSION={tag}-next", "-t", built[-1])
-    _run("docker", "build", "-q", "--target", "operator", *argument, *words, ".")
+        built.append(f"{_prefix()}{name}:{options.tag}")
+        if options.mounted and target == "predictor-cpu":
+            _build_mounted(built[-1], f"{_prefix()}{TARGETS['gateway']}:{options.tag}")
+        else:
+            _run("docker", "build", "-q", "--target", target, *argument, "-t", built[-1], ".")
+    if not options.quick:  # what the release is upgraded to
+        built.append(f"{_prefix()}{TARGETS['operator']}:{options.tag}-next")
+        words = ("--build-arg", f"VERSION={options.tag}-next", "-t", built[-1])
+        _run("docker", "build", "-q", "--target", "operator", *argument, *words, ".")
     if "E2E_S3_IMAGE" not in os.environ:
-        built.append(s3_image)
-        _build_s3(s3_image, argument)
+        built.append(_s3_image(options.tag))
+        _build_s3(built[-1], argument)
     for image in built:
         _run("docker", "push", "-q", image) if _prefix() else _run("kind", "load", "docker-image", image)
-    return s3_image
+    return _s3_image(options.tag)
+
+
+def _build_mounted(image: str, gateway: str) -> None:
+    """The models' code without their packages, which are gigabytes; tests/e2e/mounted.yaml mounts those."""
+    lines = [
+        f"FROM {gateway}",
+        "COPY sightline /opt/code/sightline",
+        "ENV PYTHONPATH=/opt/code:/opt/host/packages",
+        'ENTRYPOINT ["/opt/host/python/bin/python3", "-m", "sightline", "serve"]',
+    ]
+    _run("docker", "build", "-q", "-f", "-", "-t", image, "predictors/src", input="\n".join(lines).encode())
 
 
 def _build_s3(image: str, argument: list[str]) -> None:
@@ -147,8 +170,9 @@ def _build_s3(image: str, argument: list[str]) -> None:
         _run("docker", "build", "-q", *argument, "-t", image, folder)
 
 
-def _install(namespace: str, tag: str) -> None:
+def _install(namespace: str, tag: str, *, is_mounted: bool) -> None:
     words = ["--set", f"imagePrefix={_prefix()},imageTag={tag}", "-f", str(ROOT / "tests/e2e/values.yaml")]
+    words += ["-f", str(ROOT / "tests/e2e/mounted.yaml")] if is_mounted else []
     _run("helm", "upgrade", "--install", "sightline", "charts/sightline", "-n", namespace, "--create-namespace", *words)
 
 

@@ -45,7 +45,7 @@ def caption(gateway: httpx.Client, **fields: Any) -> httpx.Response:
 # --- every model -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def five(cluster: Cluster) -> Iterator[None]:
     """All five predictors of the chart, beside the pipeline's own two."""
     small = {"requests": {"cpu": "50m", "memory": "768Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
@@ -108,26 +108,31 @@ FIVE = {
 }
 
 
-@pytest.mark.parametrize("model", FIVE)
 @pytest.mark.usefixtures("five")
-def test_each_of_the_five_answers_its_contract_and_v2_by_triton_s_client(model: str, cluster: Cluster, api_key: str):
-    asked, name, headers = FIVE[model], f"{RELEASE}-{model}", {"X-API-Key": api_key}
-    cluster.until(lambda: cluster.condition("isvc", name, "Ready").get("status") == "True", f"{model} is Ready")
-    with cluster.forwarded(f"service/{name}-predictor", 80) as url:
-        client = triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=180, connection_timeout=60)
-        declared = {item["name"] for item in client.get_model_metadata(model, headers=headers)["inputs"]}
-        tensors = []
-        for tensor, values in asked.tensors.items():
-            assert tensor in declared, declared
-            tensors.append(triton.InferInput(tensor, [len(values)], "BYTES"))
-            tensors[-1].set_data_from_numpy(array(values, dtype=object_), binary_data=True)
-        answer = client.infer(model, tensors, headers=headers).as_numpy(asked.output)
-        assert answer.size > 0
-        if model in {"describe", "generate", "blip"}:
-            assert RED_CIRCLE in answer[0].decode()
-        response = httpx.post(url + asked.path, headers=headers, timeout=180, trust_env=False, **asked.body)
-        assert response.status_code == 200, response.text
-        assert asked.answer(response.json()), response.text[:1000]
+class TestEach:
+    @pytest.mark.parametrize("model", FIVE)
+    def test_of_the_five_answers_its_contract_and_v2_by_triton_s_client(
+        self, model: str, cluster: Cluster, api_key: str
+    ):
+        asked, name, headers = FIVE[model], f"{RELEASE}-{model}", {"X-API-Key": api_key}
+        cluster.until(lambda: cluster.condition("isvc", name, "Ready").get("status") == "True", f"{model} is Ready")
+        with cluster.forwarded(f"service/{name}-predictor", 80) as url:
+            client = triton.InferenceServerClient(
+                url.removeprefix("http://"), network_timeout=180, connection_timeout=60
+            )
+            declared = {item["name"] for item in client.get_model_metadata(model, headers=headers)["inputs"]}
+            tensors = []
+            for tensor, values in asked.tensors.items():
+                assert tensor in declared, declared
+                tensors.append(triton.InferInput(tensor, [len(values)], "BYTES"))
+                tensors[-1].set_data_from_numpy(array(values, dtype=object_), binary_data=True)
+            answer = client.infer(model, tensors, headers=headers).as_numpy(asked.output)
+            assert answer.size > 0
+            if model in {"describe", "generate", "blip"}:
+                assert RED_CIRCLE in answer[0].decode()
+            response = httpx.post(url + asked.path, headers=headers, timeout=180, trust_env=False, **asked.body)
+            assert response.status_code == 200, response.text
+            assert asked.answer(response.json()), response.text[:1000]
 
 
 # --- what anybody breaks ---------------------------------------------------------------------------------------------
@@ -299,6 +304,7 @@ def test_no_request_is_lost_while_a_model_rolls(cluster: Cluster, gateway: httpx
 
 def test_300_images_with_a_worker_the_gateway_and_the_operator_killed(cluster: Cluster, store: Any):
     truth = seeded(store, "faults/", 300, seed=5)
+    cluster.kubectl("delete", "vbatch", "faults", "--ignore-not-found")
     cluster.apply(batch("faults", "faults/", shardSize=50, chunkSize=10))
 
     def done() -> int:
