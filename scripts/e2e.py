@@ -149,7 +149,7 @@ def _build_mounted(image: str, gateway: str) -> None:
     lines = [
         f"FROM {gateway}",
         "COPY sightline /opt/code/sightline",
-        "ENV PYTHONPATH=/opt/code:/opt/host/packages",
+        "ENV PYTHONPATH=/opt/code:/opt/host/packages LD_LIBRARY_PATH=/opt/host/python/lib",
         'ENTRYPOINT ["/opt/host/python/bin/python3", "-m", "sightline", "serve"]',
     ]
     _run("docker", "build", "-q", "-f", "-", "-t", image, "predictors/src", input="\n".join(lines).encode())
