@@ -478,10 +478,11 @@ def shown(settings: _Settings) -> dict[str, object]:
 def cpu_quota() -> int:
     """CPUs this process may really use: the smaller of its affinity and its cgroup quota, at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:  # cgroup v2
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
+        try:
+            quota, period = " ".join(Path("/sys/fs/cgroup", file).read_text() for file in files).split()
+            if int(quota) > 0:  # v1 says -1 for none; v2's "max" is no number
+                cpus = min(cpus, max(1, int(quota) // int(period)))
+        except (OSError, ValueError):
+            continue
     return max(1, cpus)
