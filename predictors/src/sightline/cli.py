@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sightline.conformance.command import conformance
+from sightline.fit import fit
 from sightline.jobs.command import batch
 
 app = typer.Typer(
@@ -120,6 +121,7 @@ def render(context: typer.Context) -> None:
 
 
 app.command()(conformance)
+app.command()(fit)
 app.add_typer(batch, name="batch")
 
 
