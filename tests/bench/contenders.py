@@ -98,18 +98,27 @@ def stock(model: Model) -> Contender:
 def ours(model: Model, engine: str = "hf", python: str = sys.executable) -> Contender:
     """`sightline serve`, asked over V2's binary extension. engine: hf, or vllm with the Python of its environment."""
     port = free_port()
-    predictor = {"captioner": "describe", "blip": "blip"}.get(model.kind, "embed")
+    predictor = predictor_of(model)
     words = ["--host", "127.0.0.1", "--port", str(port), "--auth", "off", "--queue-size", "512"]
     words += ["--model", model.folder, "--deadline-seconds", "600", *model.flags]
     words += ["--job-store", "memory://"] if predictor != "embed" else []
     words += ["--max-tokens", str(model.tokens)] if predictor != "embed" else []
     words += ["--engine", engine] if engine != "hf" else []
     command = [python, "-m", "sightline", "serve", predictor, *words]
+    ask, read = asked_of_ours(model)
+    environment = VLLM if engine == "vllm" else {}
+    return Contender(f"ours-{engine}", port, command, "/v2/health/ready", ask, read, environment)
+
+
+def predictor_of(model: Model) -> str:
+    return {"captioner": "describe", "blip": "blip"}.get(model.kind, "embed")
+
+
+def asked_of_ours(model: Model) -> tuple[Callable[[bytes], bytes], Callable[[Answer], Said]]:
+    """How our server is asked, over V2's binary extension, and how its answer is read."""
+    predictor = predictor_of(model)
     tensor = "query" if model.kind == "queries" else "image"
-    ask = _v2_binary(predictor, tensor, output=None if predictor != "embed" else "vectors")
-    return Contender(
-        f"ours-{engine}", port, command, "/v2/health/ready", ask, _from_ours, VLLM if engine != "hf" else {}
-    )
+    return _v2_binary(predictor, tensor, output=None if predictor != "embed" else "vectors"), _from_ours
 
 
 def noop(model: Model) -> Contender:

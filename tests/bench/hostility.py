@@ -1,4 +1,4 @@
-"""Bad requests among good ones: hostile, huge, aborted and expired; what they do to the good ones' answers and waits."""
+"""Bad requests among good ones, hostile, huge, aborted and expired: what the good ones notice of them."""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""What the servers of a benchmark are asked: pictures that no cache has seen, queries, and photographs of 12 megapixels."""
+"""What the servers of a benchmark are asked: pictures that no cache has seen, queries, large photographs."""
 
 import io
 import os

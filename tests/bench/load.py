@@ -115,8 +115,9 @@ async def closed_loop(port: int, requests: Requests, *, clients: int, seconds: f
 
     async def client() -> None:
         connection = Connection(port)
-        while time.monotonic() - run.begun < seconds or len(run.served) + clients <= at_least:
-            number = next(numbers)
+        for number in numbers:
+            if time.monotonic() - run.begun >= seconds and number >= at_least:
+                break
             run.served.append(await _served(connection, requests(number), number, time.monotonic()))
         connection.close()
 

@@ -26,8 +26,8 @@ def section(name: str, part: dict[str, Any]) -> str:
 
 def _loads(part: dict[str, Any]) -> list[str]:
     within = f"in {part['deadline']:g} s"
-    head = f"| server | load | a second (rounds) | p50 | p95 | p99 ms | tokens/s | {within} | CPU ms | of the roof | alike |"
-    lines = [head, "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    names = ("server", "load", "a second (rounds)", "p50", "p95", "p99 ms", "tokens/s", within, "CPU ms", "of the roof")
+    lines = [f"| {' | '.join(names)} | alike |", "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for row in part["rows"]:
         rates = f"{_short(row['rate'])} ({_short(min(row['rates']))}–{_short(max(row['rates']))})"
         roof = "" if row["roof"] is None or math.isnan(row["roof"]) else f"{100 * row['roof']:.0f} %"
@@ -112,32 +112,33 @@ def table(parts: Parts) -> str:
         lines.append(f"| {what} | {value:.2f} | {goal} | {'reached' if is_reached else '**missed**'} |")
     loads = sorted(part["load"] for part in parts.values())
     cpus = max(part["cpus"] for part in parts.values())
-    lines += ["", f"Made by `make bench` in {sum(part['wall'] for part in parts.values()) / 60:.0f} minutes on {cpus} CPUs, "
-              f"at a load average of {loads[0]:g} to {loads[-1]:g}; [every figure](docs/bench.md)."]  # fmt: skip
+    minutes = sum(part["wall"] for part in parts.values()) / 60
+    lines += ["", f"Made by `make bench` in {minutes:.0f} minutes on {cpus} CPUs, at a load average of {loads[0]:g} to "
+              f"{loads[-1]:g} (1 for each that wants a CPU); [every figure](docs/bench.md)."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 INTRODUCTION = """# How fast it is, beside other ways to serve the same models
 
-Every part is one run: each server is a process of its own, all are up at once and take turns, in a new order each round, so
-that a noisy machine is as noisy for all; **ratios hold, absolute figures are this machine's at that hour**. A round has a
-seed; its pictures are new to every server. Clients are bare keep-alive connections in one process on the same cores;
-latency counts from when a request was due. Warm-up is not counted.
+Every part is one run: each server is a process of its own, all are up at once and take turns, in a new order each
+round, so that a noisy machine is as noisy for all; **ratios hold, absolute figures are this machine's at that hour**.
+A round has a seed; its pictures are new to every server. Clients are bare keep-alive connections in one process on the
+same cores; latency counts from when a request was due. Warm-up is not counted.
 
 | server | what it is |
 |---|---|
 | naive | FastAPI, one request at a time behind a lock, transformers' `generate` |
-| kserve | stock KServe 0.21, the same call in `Model.predict`, images as base64 in V2 JSON (its binary route is slower) |
+| kserve | stock KServe 0.21, the same call in `Model.predict`, base64 in V2 JSON (its binary route is slower) |
 | vllm serve | vLLM's OpenAI server on CPU, bound to all cores, eager, without prefix or image caches |
 | AsyncLLM | vLLM's engine behind the least of FastAPI |
 | ours-hf, ours-vllm | `sightline serve`, asked over V2 with binary tensors, by engine |
 | starlette | nothing but reading the body: what HTTP in Python costs |
 
-*a second*: median of the rounds, and their range. *in … s*: goodput, good answers a second within that deadline. *CPU ms*:
-of the server's processes per answer, which says more than the clock where others work on the machine. *of the roof*: the
-rate beside what the machine's measured matrix products and memory bandwidth allow for these shapes with as many requests in
-each step. *alike*: answers equal to the first server's of the same input (vectors: every cosine ≥ 0.99). `N a second`: open
-loop, requests arriving by a Poisson process.
+*a second*: median of the rounds, and their range. *in … s*: goodput, good answers a second within that deadline.
+*CPU ms*: of the server's processes per answer, which says more than the clock where others work on the machine.
+*of the roof*: the rate beside what the machine's measured matrix products and memory bandwidth allow for these shapes
+with as many requests in each step. *alike*: answers equal to the first server's of the same input (vectors: every
+cosine ≥ 0.99). `N a second`: open loop, requests arriving by a Poisson process. [Where the time goes](profile.md).
 """
 
 

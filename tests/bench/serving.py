@@ -5,8 +5,8 @@
     python tests/bench/serving.py --only captioner --vllm-python .venv-vllm/bin/python
 
 Beside ours stand a FastAPI server with a lock, stock KServe 0.21, and, given the Python of an environment with vLLM,
-`vllm serve` and the bare AsyncLLM. Every server is a process of its own; all of a part are up at once, and take turns in
-a new order each round, so that a noisy machine is as noisy for all. A round is a seed: its inputs are new to every
+`vllm serve` and the bare AsyncLLM. Every server is a process of its own; all of a part are up at once, and take turns
+in a new order each round, so that a noisy machine is as noisy for all. A round is a seed: its inputs are new to every
 server, no cache helps. Warm-up is not counted.
 """
 
@@ -69,8 +69,8 @@ PARTS = [
          pool=64),
     Part("captioner", "tiny/describe", "captioner", 64, "scenes", ("naive", "kserve", "vllm", "ours-hf", "ours-vllm"),
          (1, 8, 32, 128), 5, 1.0, rates=(15, 60), flags=BATCHED),
-    Part("qwen-0.4b", "random/qwen", "captioner", 24, "scenes", ("naive", "vllm", "ours-hf", "ours-vllm"), (1, 8), 12, 30,
-         flags=BATCHED, pool=200),
+    Part("qwen-0.4b", "random/qwen", "captioner", 24, "scenes", ("naive", "vllm", "ours-hf", "ours-vllm"), (1, 8),
+         12, 30, flags=BATCHED, pool=200),
     Part("blip-base", "random/blip", "blip", 20, "scenes", ("naive", "ours-hf"), (1, 16), 12, 30,
          flags=("--dtype", "bfloat16", "--max-batch", "16"), pool=200, roof="bfloat16"),
     Part("pages", "tiny/embed", "pages", 0, "scenes", ("naive", "ours-hf"), (1, 8, 32), 4, 1.0, pool=1500),
@@ -103,7 +103,7 @@ class Level:
 
 
 class Feed:
-    """Inputs of one seed, drawn once, for all servers alike; each server takes them in order, each once if they last."""
+    """Inputs of one seed, for all servers alike; each server takes them in order, each once if they last."""
 
     def __init__(self, part: Part, seed: int, count: int) -> None:
         self.items = list(itertools.islice(inputs.KINDS[part.feed](seed * 1000 + 7), count))
@@ -134,6 +134,7 @@ class Taken:
 
 def chosen(part: Part, model: Model, options: argparse.Namespace) -> list[Contender]:
     """The servers of a part that this machine can start."""
+    python = options.vllm_python
     make = {
         "naive": lambda: [contenders.naive(model)],
         "starlette": lambda: [contenders.raw(model)],
@@ -141,10 +142,10 @@ def chosen(part: Part, model: Model, options: argparse.Namespace) -> list[Conten
         "ours": lambda: [contenders.noop(model)],
         "ours, base64 in JSON": lambda: [contenders.noop_json(model)],
         "ours-hf": lambda: [contenders.ours(model)],
-        "vllm": lambda: [contenders.vllm_serve(model, options.vllm_python), contenders.bare_vllm(model, options.vllm_python)],
-        "ours-vllm": lambda: [contenders.ours(model, "vllm", options.vllm_python)],
+        "vllm": lambda: [contenders.vllm_serve(model, python), contenders.bare_vllm(model, python)],
+        "ours-vllm": lambda: [contenders.ours(model, "vllm", python)],
     }  # fmt: skip
-    names = [name for name in part.beside if "vllm" not in name or options.vllm_python]
+    names = [name for name in part.beside if "vllm" not in name or python]
     found = [contender for name in names for contender in make[name]()]
     return [one for one in found if not options.servers or one.name in options.servers.split(",")]
 
@@ -249,10 +250,9 @@ def stage_seconds(server: Running) -> dict[str, float]:
     found: dict[str, float] = {}
     url = f"http://127.0.0.1:{server.contender.port}/metrics"
     for line in httpx.get(url, trust_env=False, timeout=60).text.splitlines():
-        if match := _STAGE.match(line):
-            stage = match[2] or ("whole" if "infer" in line else None)
-            if stage:
-                found[stage] = found.get(stage, 0.0) + float(match[4])
+        if (match := _STAGE.match(line)) and (match[1] or "infer" in match[2]):
+            stage = match[1] or "whole"
+            found[stage] = found.get(stage, 0.0) + float(match[3])
     return found
 
 
@@ -323,7 +323,7 @@ def machine(options: argparse.Namespace) -> dict[str, float]:
 
 
 def share_of_roof(part: Part, level: Level, levels: Sequence[Level], options: argparse.Namespace, roof: Any) -> float:
-    """The rate beside the bound of the machine for this part's shapes and this many clients; NaN where none is known."""
+    """The rate beside the machine's bound for these shapes and this many clients; NaN where none is known."""
     told = [said for other in levels if other.server.startswith("ours") for said in other.said.values()]
     if not told or part.model == "none" or not told[0].prompt_tokens or "clients" not in level.load:
         return float("nan")
