@@ -69,6 +69,10 @@ workflows: ## Read the workflows as GitHub would
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
 	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part))
 
+.PHONY: bench
+bench: .venv/.dev ## Our servers beside a naive one, stock KServe and vLLM, same checkpoints (ARGS="--only captioner --seeds 1")
+	@$(BIN)/python tests/bench/serving.py --write $(ARGS)
+
 .PHONY: bench-operator
 bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API server of its own (ARGS="--objects 100 --idle 30")
 	@$(BIN)/python tests/bench/operators.py $(ARGS)

@@ -7,12 +7,13 @@ has none, and lets anybody unload the model (reference/kserve.md §0). A route t
 import asyncio
 import gzip
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 
 from sightline import __version__, v2
 from sightline.errors import BadRequest, NotFound, NotSupported, PayloadTooLarge
@@ -58,6 +59,7 @@ class Protocols:
                 self._infer,
                 methods=["POST"],
                 openapi_extra=_INFER_OPENAPI,
+                route_class_override=_Bare,
                 **shown,
             )
         add(
@@ -176,6 +178,16 @@ class Protocols:
         if model is None or version not in {None, VERSION}:
             raise NotFound("No such model.", code="model_not_found")
         return model
+
+
+class _Bare(APIRoute):
+    """A route whose only parameters are the request and text of its path: FastAPI need not look for others."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handler(request: Request) -> Response:
+            return await self.endpoint(request, **request.path_params)
+
+        return handler
 
 
 LARGE_BYTES = 1 << 20

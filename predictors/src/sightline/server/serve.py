@@ -19,6 +19,7 @@ from kserve.protocol.rest.server import RESTServer
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from uvicorn.loops.auto import auto_loop_factory
 
 from sightline import __version__
 from sightline.configuration import Configured, configure, local_steps
@@ -194,7 +195,9 @@ class _ModelServer(ModelServer):
         # with Python's default handler that would be death by signal instead of exit code 0.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_soon)
-        asyncio.run(self._serve_while_loading(cast("list[PredictorModel]", models)))
+        # uvloop where it is there: a request without a model costs a third less of the CPU (docs/profile.md).
+        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+            runner.run(self._serve_while_loading(cast("list[PredictorModel]", models)))
 
     def _stop_soon(self, number: int, frame: FrameType | None) -> None:
         self._rest_server.stop_soon()
