@@ -19,6 +19,9 @@ from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, U
 Model = TypeVar("Model", bound=GenerativeModel[Any])
 T = TypeVar("T")
 
+JOIN_COST = 16_384
+"""Tokens and patches of the prompts that are read in one go; a larger prompt goes alone."""
+
 Outcome = Completion | OutOfMemory
 """What became of one item of a call. An item that does not fit the device fails alone when others are in the call."""
 
@@ -30,7 +33,9 @@ class Generation(Generic[Model]):
     """
 
     def __init__(self, load: Callable[[], Model], *, max_batch: int, threads: int) -> None:
-        self.engine: HFEngine[Model, Any, Sampling, Generated] = HFEngine(load, max_batch=max_batch)
+        self.engine: HFEngine[Model, Any, Sampling, Generated] = HFEngine(
+            load, max_batch=max_batch, cost=lambda prompt: prompt.cost, max_cost=JOIN_COST
+        )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
 
     @property
@@ -89,13 +94,19 @@ class Generation(Generic[Model]):
 
     async def _generate(self, prompt: object, sampling: Sampling, context: Context) -> Generated:
         if not sampling.stop:
-            return await self.engine.generate(prompt, sampling, context.deadline)
+            return await self.engine.generate(prompt, sampling, context.deadline, client=context.client)
         async with aclosing(self._parts(prompt, sampling, context)) as parts:
             return [part async for part in parts if isinstance(part, Generated)][-1]
 
     async def _parts(self, prompt: object, sampling: Sampling, context: Context) -> AsyncGenerator[str | Generated]:
         pieces = Pieces(self.model.reader(), sampling.stop)
-        stream = self.engine.stream(prompt, sampling, context.deadline, is_enough=lambda: pieces.stopped_at is not None)
+        stream = self.engine.stream(
+            prompt,
+            sampling,
+            context.deadline,
+            is_enough=lambda: pieces.stopped_at is not None,
+            client=context.client,
+        )
         async with aclosing(stream) as parts:
             async for part in parts:
                 if isinstance(part, list):
