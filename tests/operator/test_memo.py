@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from sightline_operator.decide.pipeline import _rendering
+from sightline_operator.decide.pipeline import rendering
 from sightline_operator.memo import Memo
 from sightline_operator.render import OPTIONAL_KINDS, RenderSettings, render_pipeline
 from tests.operator.rendering import owned
@@ -27,7 +27,10 @@ def test_the_same_question_is_answered_once() -> None:
 
 
 def test_what_it_raises_is_raised_again() -> None:
-    memo = Memo(lambda value: 1 // value)
+    def inverse(value: int) -> float:
+        return 1 / value
+
+    memo = Memo(inverse)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             memo(0)
@@ -35,12 +38,12 @@ def test_what_it_raises_is_raised_again() -> None:
 
 @EXAMPLES
 @given(cr=PIPELINES)
-def test_rendering_reads_nothing_else_of_an_object(cr: dict[str, Any]) -> None:
+def testrendering_reads_nothing_else_of_an_object(cr: dict[str, Any]) -> None:
     whole = owned(cr) | {
         "status": {"renderVersion": 1, "images": {"describe": "mine:1"}, "observedGeneration": 3, "url": "x"}
     }
     whole["metadata"] |= {"generation": 3, "labels": {"team": "a"}}
     settings = RenderSettings()
-    assert render_pipeline(_rendering(whole), settings, OPTIONAL_KINDS) == render_pipeline(
+    assert render_pipeline(rendering(whole), settings, OPTIONAL_KINDS) == render_pipeline(
         whole, settings, OPTIONAL_KINDS
     )

@@ -28,7 +28,7 @@ def test_batches_fill_half_of_a_queue_and_people_all_of_it() -> None:
             stack.enter_context(admission.admit(1, is_batch=True))
         with pytest.raises(QueueFull) as refused, admission.admit(1, is_batch=True):
             pass
-        assert refused.value.retry_after >= 1
+        assert (refused.value.retry_after or 0) >= 1
         for _ in range(2):
             stack.enter_context(admission.admit(1))
         with pytest.raises(QueueFull), admission.admit(1):

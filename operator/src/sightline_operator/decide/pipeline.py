@@ -44,7 +44,7 @@ def decide_pipeline(cr: Manifest, world: World, settings: RenderSettings) -> Dec
     try:
         spec = _parsed(cr["spec"])
         known = addresses(cr, world)
-        children = _rendered(_rendering(cr), settings, world.kinds, known)
+        children = _rendered(rendering(cr), settings, world.kinds, known)
     except ValidationError as error:
         first = error.errors()[0]
         return _invalid(cr, world, f"spec.{'.'.join(map(str, first['loc']))}: {first['msg']}")
@@ -58,7 +58,7 @@ def decide_pipeline(cr: Manifest, world: World, settings: RenderSettings) -> Dec
     return Decision((*updates, *leftovers, *batches.actions), status, notes, _requeue(view, batches))
 
 
-def _rendering(cr: Manifest) -> Manifest:
+def rendering(cr: Manifest) -> Manifest:
     """As much of a pipeline as rendering reads: whatever else of it changes, its children are the same."""
     metadata = {name: cr["metadata"].get(name) for name in ("name", "namespace", "uid", "generation")}
     said: Mapping[str, Any] = cr.get("status") or {}
