@@ -28,6 +28,7 @@ from sightline.models.loading import (
     check_length,
     load_pretrained,
     model_info,
+    repetition_penalty,
 )
 from sightline.settings import DescribeSettings
 from sightline.wire import Sampling
@@ -73,6 +74,7 @@ class QwenVL:
         )
         self._image_token_id = int(self._model.config.image_token_id)
         self._eos = _eos_token_ids(self._model, self._tokenizer)
+        self.repetition_penalty = repetition_penalty(self._model)
         self._pad = int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos[0])
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
@@ -140,6 +142,11 @@ class QwenVL:
             )
             for prompt, (ids, stopped) in zip(batch, rows, strict=True)
         ]
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset(self._eos)
 
     def postprocess(self, generated: Generated) -> str:
         """The text of an answer, control tokens removed, stripped (contract A8)."""

@@ -18,7 +18,15 @@ from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.engines.text import Detokenizer
 from sightline.models.gpt_oss.harmony import Answer, HarmonyTokens, Reader, parse
-from sightline.models.loading import LoadFailed, as_plain_text, check_kind, check_length, load_pretrained, model_info
+from sightline.models.loading import (
+    LoadFailed,
+    as_plain_text,
+    check_kind,
+    check_length,
+    load_pretrained,
+    model_info,
+    repetition_penalty,
+)
 from sightline.settings import EnhanceSettings
 from sightline.wire import ENHANCE_INSTRUCTIONS, ReasoningLevel, Sampling, Turn, quoted_caption
 
@@ -45,6 +53,7 @@ class GptOss:
         self._model: Any = load_pretrained(AutoModelForCausalLM, settings)
         _refuse_dequantised(settings.model, self._model)
         self._tokens = harmony_tokens(self._tokenizer)
+        self.repetition_penalty = repetition_penalty(self._model)
         self._pad = int(self._tokenizer.pad_token_id or 0)
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
@@ -95,6 +104,11 @@ class GptOss:
             Generated(ids, "stop" if stopped else "length", len(prompt.input_ids))
             for prompt, (ids, stopped) in zip(batch, rows, strict=True)
         ]
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset((self._tokens.return_, self._tokens.call))
 
     def postprocess(self, generated: Generated) -> tuple[str | None, Answer]:
         """The final channel as text, or None when the model never came to one."""

@@ -24,7 +24,15 @@ from sightline.errors import InternalError
 from sightline.images import scaled
 from sightline.models.kimi_vl.processing import control_ids
 from sightline.models.kimi_vl.quantize import Room, Scheme, bytes_per_dtype
-from sightline.models.loading import LoadFailed, check_kind, check_length, model_info
+from sightline.models.loading import (
+    LoadFailed,
+    check_kind,
+    check_length,
+    is_elsewhere,
+    model_info,
+    repetition_penalty,
+    without_weights,
+)
 from sightline.settings import GenerateSettings, cpu_quota
 from sightline.wire import Sampling
 
@@ -69,18 +77,23 @@ class KimiVL:
         self._tokenizer: Any = processor.tokenizer
         self._image_processor: Any = processor.image_processor
         self.quantization = _scheme(settings, where)
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(
-            settings.model,
-            dtype=settings.dtype,
-            quantization=self.quantization,
-            rooms=_rooms(settings),
-            **where,
+        self._model: Any = (
+            without_weights(AutoModelForImageTextToText, settings)
+            if is_elsewhere(settings)
+            else AutoModelForImageTextToText.from_pretrained(
+                settings.model,
+                dtype=settings.dtype,
+                quantization=self.quantization,
+                rooms=_rooms(settings),
+                **where,
+            )
         )
         self._ids = control_ids(self._tokenizer, self._model.config.image_token_id)
         # A copy of its own: transformers sets this switch anew at every call of the tokenizer.
         self._text: Any = copy.deepcopy(self._tokenizer.backend_tokenizer)
         self._text.encode_special_tokens = True  # control tokens in a text are text
         self._eos = _eos_token_ids(self._model, self._ids)
+        self.repetition_penalty = repetition_penalty(self._model)
         self._pad = int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos[0])
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype), bytes_per_dtype(self._model))
@@ -143,6 +156,11 @@ class KimiVL:
             for prompt, (ids, stopped) in zip(batch, rows, strict=True)
         ]
 
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset(self._eos)
+
     def postprocess(self, generated: Generated) -> str:
         """The text of an answer, control tokens removed, stripped."""
         return self._decode(generated.token_ids).strip()
@@ -196,6 +214,8 @@ def _scheme(settings: GenerateSettings, where: dict[str, Any]) -> Scheme:
     """`auto`: 8 bits, but none for a checkpoint of ours, which is small."""
     if settings.quantization != "auto":
         return settings.quantization
+    if is_elsewhere(settings):
+        return "none"
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(settings.model, **where)
