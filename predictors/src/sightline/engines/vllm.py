@@ -36,7 +36,7 @@ WATCH_SECONDS = 0.5
 CPU_CACHE_GIB = 1.0
 """Key-value cache on a CPU when nothing is said: vLLM would take nearly all of the machine's memory."""
 
-STOP_SECONDS = 10
+STOP_SECONDS = 5
 """What the engine's process gets to end by itself."""
 
 T = TypeVar("T")
@@ -176,7 +176,7 @@ class VLLMEngine(Generic[Model]):
         if self._watching is not None:
             self._watching.cancel()
         if self._client is not None:
-            await asyncio.to_thread(self._client.shut_down)
+            self._client.shut_down()  # not beside the loop: vLLM's reader on it would take this for a crash
 
     async def generate(self, prepared: Any, options: Sampling, deadline: Deadline) -> Generated:  # noqa: ANN401
         """The answer to one prompt.
@@ -228,6 +228,8 @@ class VLLMEngine(Generic[Model]):
                     step = await _before(deadline, anext(steps))
                     ids += step.token_ids
                     finish_reason = step.finish_reason
+                    if finish_reason is not None:
+                        await anext(steps, None)  # it ends by itself; closing it would abort what is done
                     if step.token_ids:
                         yield list(step.token_ids)
         except StopAsyncIteration as error:
@@ -322,6 +324,13 @@ def connect(settings: VllmSettings, front: Front) -> Client:
     arguments = engine_arguments(settings, front.runtime.dtype, is_cpu=is_cpu)
     log.info("starting vLLM %s", arguments)
     return AsyncLLMClient(AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)), front)
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes (entry point `vllm.general_plugins`): which of its models are ours."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model("KimiVLForConditionalGeneration", "sightline.engines.vllm_kimi:KimiVL")
 
 
 def engine_arguments(settings: VllmSettings, dtype: str, *, is_cpu: bool) -> dict[str, Any]:
