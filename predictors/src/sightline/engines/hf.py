@@ -113,6 +113,11 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         self._thread: threading.Thread | None = None
 
     @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more: None, as the engine ends with its process."""
+        return None
+
+    @property
     def model(self) -> Model:
         """The loaded model. Raises Unavailable (503) before it is there."""
         if self._model is None:

@@ -1,5 +1,6 @@
 """From a hub id or folder to a loaded transformers model that is what its configuration says, or an error."""
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from sightline.errors import InvalidParameter
-from sightline.settings import EngineSettings, cpu_quota
+from sightline.settings import EngineSettings, VllmSettings, cpu_quota
 from sightline.wire import ModelInfo
 
 log = logging.getLogger("sightline.models")
@@ -49,6 +50,8 @@ def load_pretrained(
     freshly initialised ones with a warning.
     """
     torch.set_num_threads(settings.threads or cpu_quota())
+    if is_elsewhere(settings):
+        return without_weights(auto_class, settings)
     use_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     options: dict[str, Any] = {
         "dtype": settings.dtype,
@@ -76,6 +79,32 @@ def load_pretrained(
     model, info = auto_class.from_pretrained(settings.model, **options)
     _check_weights(settings.model, info)
     return model.eval()
+
+
+def is_elsewhere(settings: EngineSettings) -> bool:
+    """Whether another process holds the weights, so that this one makes prompts and reads answers only."""
+    return isinstance(settings, VllmSettings) and settings.engine == "vllm"
+
+
+def without_weights(auto_class: Any, settings: EngineSettings) -> Any:  # noqa: ANN401 - a PreTrainedModel
+    """A model whose tensors have shapes and no memory, in the type that its weights would have."""
+    where: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
+    config = transformers.AutoConfig.from_pretrained(settings.model, trust_remote_code=False, **where)
+    dtype = config.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=dtype or torch.float32)
+    with contextlib.suppress(OSError):  # a checkpoint need not have one
+        model.generation_config = transformers.GenerationConfig.from_pretrained(settings.model, **where)
+    return model.eval()
+
+
+def repetition_penalty(model: Any) -> float:  # noqa: ANN401
+    """What the checkpoint's generation configuration says; 1 for none.
+
+    It is kept (Qwen2.5-VL ships 1.05), because the model was tuned with it; what else is there of sampling is the
+    request's to say.
+    """
+    return float(model.generation_config.repetition_penalty or 1)
 
 
 def _check_weights(name: str, info: dict[str, Any]) -> None:
@@ -129,12 +158,3 @@ def as_plain_text(text: str) -> str:
     Without this a prompt holding `<|image_pad|>` would claim image features, and `<|end|>` would end its turn.
     """
     return text.replace("<|", "< |")
-
-
-def repetition_penalty(model: Any) -> float:  # noqa: ANN401
-    """What the checkpoint's generation configuration says; 1 for none.
-
-    It is kept (Qwen2.5-VL ships 1.05), because the model was tuned with it; what else is there of sampling is the
-    request's to say.
-    """
-    return float(model.generation_config.repetition_penalty or 1)

@@ -99,7 +99,7 @@ class PredictorModel(Model):
 
     def load(self) -> bool:
         """KServe calls this on the event loop when a model is not healthy; loading is under way already."""
-        return self.has_loaded
+        return self.has_loaded and self.fault is None
 
     def start(self) -> None:
         """KServe would set `ready` here."""
@@ -128,7 +128,12 @@ class PredictorModel(Model):
 
     async def healthy(self) -> bool:
         """Whether requests can be answered."""
-        return self.has_loaded
+        return self.has_loaded and self.fault is None
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, such as the end of the engine's process; None for most services."""
+        return cast("str | None", getattr(self.service, "fault", None))
 
     def validate(self, payload: Any) -> Any:  # noqa: ANN401 - KServe's signature
         """Our bodies were checked when they were parsed."""

@@ -104,6 +104,11 @@ class DescribeService:
             await self._runs.close(self._settings.grace_seconds)
         await self._conversations.close()
 
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._conversations.fault
+
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""
         return self._conversations.metadata()

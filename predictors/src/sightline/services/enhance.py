@@ -62,7 +62,9 @@ class EnhanceService:
         self.name = settings.model_name
         self._settings = settings
         self._defaults = Sampling(max_tokens=settings.max_tokens)
-        self._generation: Generation[GptOss] = Generation(self._load_model, max_batch=settings.max_batch, threads=1)
+        self._generation: Generation[GptOss] = Generation(
+            self._load_model, max_batch=settings.max_batch, threads=1, settings=settings
+        )
 
     def _load_model(self) -> "GptOss":
         from sightline.models.gpt_oss.model import GptOss
@@ -74,6 +76,11 @@ class EnhanceService:
 
     async def close(self) -> None:
         await self._generation.close()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._generation.fault
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

@@ -74,6 +74,11 @@ class GenerateService:
     async def close(self) -> None:
         await self._conversations.close()
 
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._conversations.fault
+
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors: also how the weights are held, in bytes per dtype (B1).
 

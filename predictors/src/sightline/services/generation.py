@@ -6,13 +6,17 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
+from sightline.engines import vllm
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.engines.hf import HFEngine
 from sightline.engines.text import Pieces
+from sightline.engines.vllm import VLLMEngine
 from sightline.errors import DeadlineExceeded, OutOfMemory
 from sightline.services.base import Json, demo_fields, item_error, item_errors, together
+from sightline.settings import VllmSettings
 from sightline.v2 import Scalar
 from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, Usage
 
@@ -29,18 +33,28 @@ Outcome = Completion | OutOfMemory
 class Generation(Generic[Model]):
     """An engine with its preprocessing pool, and the life of both.
 
-    load   builds the model, on the engine's thread
+    load      builds the model, on the engine's thread
+    settings  of a predictor that vLLM may answer for; without them the engine is `hf`
     """
 
-    def __init__(self, load: Callable[[], Model], *, max_batch: int, threads: int) -> None:
-        self.engine: HFEngine[Model, Any, Sampling, Generated] = HFEngine(
-            load, max_batch=max_batch, cost=lambda prompt: prompt.cost, max_cost=JOIN_COST
+    def __init__(
+        self, load: Callable[[], Model], *, max_batch: int, threads: int, settings: VllmSettings | None = None
+    ) -> None:
+        self.engine: HFEngine[Model, Any, Sampling, Generated] | VLLMEngine[Any] = (
+            VLLMEngine(load, partial(vllm.connect, settings), sleep_seconds=settings.vllm_sleep_seconds)
+            if settings is not None and settings.engine == "vllm"
+            else HFEngine(load, max_batch=max_batch, cost=lambda prompt: prompt.cost, max_cost=JOIN_COST)
         )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
 
     @property
     def model(self) -> Model:
         return self.engine.model
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self.engine.fault
 
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""

@@ -18,7 +18,7 @@ from sightline.errors import BadRequest, InvalidParameter, OutOfMemory
 from sightline.images import Decoder, Limits
 from sightline.services.base import s3_source, settled, together
 from sightline.services.generation import Generation, Outcome, completion, within
-from sightline.settings import EngineSettings
+from sightline.settings import VisionSettings
 from sightline.sources import Sources, parse_source
 from sightline.v2 import Scalar
 from sightline.wire import (
@@ -65,8 +65,10 @@ class Conversations(Generic[Model]):
     max_width  of images whose request says nothing; the height is bounded by twice the width
     """
 
-    def __init__(self, load: Callable[[], Model], settings: EngineSettings, *, max_width: int) -> None:
-        self._generation = Generation(load, max_batch=settings.max_batch, threads=settings.decode_threads)
+    def __init__(self, load: Callable[[], Model], settings: VisionSettings, *, max_width: int) -> None:
+        self._generation = Generation(
+            load, max_batch=settings.max_batch, threads=settings.decode_threads, settings=settings
+        )
         self._sources = Sources(settings)
         self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
         self._max_width = max_width
@@ -84,6 +86,11 @@ class Conversations(Generic[Model]):
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""
         return self._generation.metadata()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._generation.fault
 
     async def start(self) -> None:
         """Load; raises what loading raised."""

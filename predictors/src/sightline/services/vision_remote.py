@@ -44,6 +44,8 @@ class RemoteConversations:
         self._max_width = max_width
         self.info = ModelInfo(self._model, "unknown")
         """Which model answers, as it last said."""
+        self.fault: str | None = None
+        """Nothing is given up for good: the breaker asks again."""
 
     def metadata(self) -> dict[str, Scalar]:
         """What is known without asking."""

@@ -23,7 +23,15 @@ from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
 from sightline.models.kimi_vl.processing import control_ids
 from sightline.models.kimi_vl.quantize import Room, Scheme, bytes_per_dtype
-from sightline.models.loading import LoadFailed, check_kind, check_length, model_info, repetition_penalty
+from sightline.models.loading import (
+    LoadFailed,
+    check_kind,
+    check_length,
+    is_elsewhere,
+    model_info,
+    repetition_penalty,
+    without_weights,
+)
 from sightline.models.pixels import KimiPixels, Patches
 from sightline.settings import GenerateSettings, cpu_quota
 from sightline.wire import Sampling
@@ -74,12 +82,16 @@ class KimiVL:
         self._tokenizer: Any = processor.tokenizer
         self.pixels = KimiPixels.of(processor.image_processor)
         self.quantization = _scheme(settings, where)
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(
-            settings.model,
-            dtype=settings.dtype,
-            quantization=self.quantization,
-            rooms=_rooms(settings),
-            **where,
+        self._model: Any = (
+            without_weights(AutoModelForImageTextToText, settings)
+            if is_elsewhere(settings)
+            else AutoModelForImageTextToText.from_pretrained(
+                settings.model,
+                dtype=settings.dtype,
+                quantization=self.quantization,
+                rooms=_rooms(settings),
+                **where,
+            )
         )
         self._ids = control_ids(self._tokenizer, self._model.config.image_token_id)
         # A copy of its own: transformers sets this switch anew at every call of the tokenizer.
@@ -223,6 +235,8 @@ def _scheme(settings: GenerateSettings, where: dict[str, Any]) -> Scheme:
     """`auto`: 8 bits, but none for a checkpoint of ours, which is small."""
     if settings.quantization != "auto":
         return settings.quantization
+    if is_elsewhere(settings):
+        return "none"
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(settings.model, **where)
