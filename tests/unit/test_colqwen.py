@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from sightline.engines.packing import packs
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter
-from sightline.models.colqwen import ColQwen, Item, Vectors, golden_page, packs, pool
+from sightline.models.colqwen import ColQwen, Item, Vectors, golden_page, pool
 from sightline.models.loading import LoadFailed
 from sightline.settings import TINY, EmbedSettings
 from tests.unit.checkpoints import DAMAGE, Weights, change_config, change_weights, copy_of

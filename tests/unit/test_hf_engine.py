@@ -1,4 +1,7 @@
-"""The engine: one thread, shared batches, nothing computed for nobody. The model is a fake behind gates; no clock."""
+"""The engine with a computation of its own: one thread, shared batches, nothing computed for nobody.
+
+The computation is a fake behind gates; no clock. Engines that make tokens are in `test_hf_rows.py`.
+"""
 
 import asyncio
 import queue
@@ -7,12 +10,11 @@ import time
 import types
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 import pytest
 
-from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
+from sightline.engines.base import Generated, IsAbandoned, Runtime
 from sightline.engines.hf import HFEngine
 from sightline.errors import (
     DeadlineExceeded,
@@ -44,18 +46,10 @@ class GatedModel:
         self.is_abandoned: IsAbandoned = lambda index: False
         self.answer: Callable[[list[str]], Sequence[Generated]] = lambda batch: [generated(item) for item in batch]
         self.threads: set[str] = set()
-        self.on_token: OnToken | None = None
 
-    def generate(
-        self,
-        batch: Sequence[str],
-        sampling: Sampling,
-        is_abandoned: IsAbandoned,
-        on_token: OnToken | None = None,
-    ) -> Sequence[Generated]:
+    def run(self, batch: Sequence[str], sampling: Sampling, is_abandoned: IsAbandoned) -> Sequence[Generated]:
         self.threads.add(threading.current_thread().name)
         self.is_abandoned = is_abandoned
-        self.on_token = on_token
         self.batches.put(list(batch))
         assert self.may_answer.acquire(timeout=PATIENCE_SECONDS)
         return self.answer(list(batch))
@@ -88,14 +82,16 @@ async def soon(work: Awaitable[T]) -> T:
 class Bench:
     """A started engine and its gated model."""
 
-    def __init__(self, max_batch: int = 8) -> None:
+    def __init__(self, max_batch: int = 8, max_cost: int | None = None) -> None:
         self.model = GatedModel()
-        self.engine: HFEngine[GatedModel, str, Sampling, Generated] = HFEngine(lambda: self.model, max_batch=max_batch)
+        self.engine: HFEngine[GatedModel, str, Sampling, Generated] = HFEngine(
+            lambda: self.model, max_batch=max_batch, run=GatedModel.run, cost=len, max_cost=max_cost
+        )
 
     def submit(
-        self, item: str, sampling: Sampling = GREEDY, deadline: Deadline | None = None
+        self, item: str, sampling: Sampling = GREEDY, deadline: Deadline | None = None, client: str = ""
     ) -> "asyncio.Task[Generated]":
-        return asyncio.create_task(self.engine.generate(item, sampling, deadline or later()))
+        return asyncio.create_task(self.engine.generate(item, sampling, deadline or later(), client=client))
 
     async def busy(self) -> "asyncio.Task[Generated]":
         """A request that the model is working on, so that what comes now has to wait."""
@@ -117,8 +113,8 @@ MakeBench = Callable[..., Coroutine[Any, Any, Bench]]
 async def make_bench() -> AsyncIterator[MakeBench]:
     benches: list[Bench] = []
 
-    async def make(max_batch: int = 8) -> Bench:
-        bench = Bench(max_batch)
+    async def make(max_batch: int = 8, max_cost: int | None = None) -> Bench:
+        bench = Bench(max_batch, max_cost)
         await soon(bench.engine.start())
         benches.append(bench)
         return bench
@@ -159,44 +155,41 @@ class TestBatching:
 
         assert [await bench.model.next_batch() for _ in range(3)] == [["a", "b"], ["c", "d"], ["e"]]
 
-    async def test_only_requests_that_agree_on_sampling_share(self, bench: Bench) -> None:
-        longer = Sampling(max_tokens=99)
+    async def test_a_batch_keeps_to_its_budget_but_takes_any_single_item(self, make_bench: MakeBench) -> None:
+        bench = await make_bench(max_cost=5)
         await bench.busy()
-        await bench.queued("a", ("B", longer), "c", ("D", longer))
+        await bench.queued("a long one", "aaa", "bbb", "cc", "d")
 
-        bench.model.go_on(3)
+        bench.model.go_on(5)
 
-        assert [await bench.model.next_batch() for _ in range(2)] == [["a", "c"], ["B", "D"]]
+        assert [await bench.model.next_batch() for _ in range(3)] == [["a long one"], ["aaa", "cc"], ["bbb", "d"]]
 
-    async def test_what_has_no_effect_on_greedy_requests_does_not_part_them(self, bench: Bench) -> None:
-        await bench.busy()
-        await bench.queued(
-            ("a", Sampling(max_tokens=8, seed=1)), ("b", Sampling(max_tokens=8, seed=2, top_p=0.5)), ("c", GREEDY)
-        )
-
-        bench.model.go_on()
-
-        assert await bench.model.next_batch() == ["a", "b", "c"]
-
-    async def test_sampled_requests_run_alone(self, bench: Bench) -> None:
-        await bench.busy()
-        await bench.queued(("s", SAMPLED), ("t", SAMPLED), "a", "b")
-
-        bench.model.go_on(4)
-
-        assert [await bench.model.next_batch() for _ in range(3)] == [["s"], ["t"], ["a", "b"]]
-
-    async def test_a_request_of_another_kind_is_overtaken_by_one_batch_only(self, make_bench: MakeBench) -> None:
+    async def test_clients_take_turns(self, make_bench: MakeBench) -> None:
         bench = await make_bench(max_batch=2)
         await bench.busy()
-        await bench.queued("a", ("odd", SAMPLED), "b", "c", "d")
+        for item in "abcdef":
+            bench.submit(item, client="heavy")
+        await asyncio.sleep(0)
+        bench.submit("x", client="light")
+        await asyncio.sleep(0)
+        bench.submit("y", client="other")
+        await asyncio.sleep(0)
+
+        bench.model.go_on(10)
+
+        assert [await bench.model.next_batch() for _ in range(3)] == [["a", "x"], ["y", "b"], ["c", "d"]]
+
+    async def test_what_is_passed_over_comes_first_in_the_next_batch(self, make_bench: MakeBench) -> None:
+        bench = await make_bench(max_cost=5)
+        await bench.busy()
+        await bench.queued("aaa", "too long", "b")
 
         bench.model.go_on()
-        assert await bench.model.next_batch() == ["a", "b"]
-        await bench.queued("e", "f", "g", "h")  # they keep coming
+        assert await bench.model.next_batch() == ["aaa", "b"]
+        await bench.queued("c", "d")  # they keep coming
         bench.model.go_on()
 
-        assert await bench.model.next_batch() == ["odd"]
+        assert await bench.model.next_batch() == ["too long"]
 
     async def test_every_request_gets_its_own_answer(self, bench: Bench) -> None:
         busy = await bench.busy()
@@ -409,169 +402,10 @@ class TestFailures:
         assert text_of(await soon(bench.submit("b"))) == "b"
 
 
-class Listener:
-    """Somebody who reads a stream: what came, and how it ended."""
-
-    def __init__(self, bench: Bench, item: str, sampling: Sampling = GREEDY, **options: Any) -> None:
-        self.tokens: list[int] = []
-        self.result: Generated | None = None
-        self.stream = bench.engine.stream(item, sampling, options.pop("deadline", None) or later(), **options)
-        self.task = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        async with aclosing(self.stream) as parts:
-            async for part in parts:
-                if isinstance(part, Generated):
-                    self.result = part
-                else:
-                    self.tokens.extend(part)
-
-    async def has_heard(self, count: int) -> None:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while len(self.tokens) < count:
-                await asyncio.sleep(0)
-
-
 class TestStreams:
-    async def test_tell_tokens_as_they_are_made_and_then_the_result(self, bench: Bench) -> None:
-        listener = Listener(bench, "abc")
-        await bench.model.next_batch()
-        assert bench.model.on_token is not None
-
-        bench.model.on_token(0, 97)
-        await listener.has_heard(1)
-        assert listener.result is None
-        bench.model.on_token(0, 98)
-        bench.model.on_token(0, 99)
-        bench.model.go_on()
-        await soon(listener.task)
-
-        assert listener.tokens == [97, 98, 99]
-        assert listener.result == generated("abc")
-
-    async def test_share_batches_with_requests_that_are_not_streamed(self, bench: Bench) -> None:
-        await bench.busy()
-        plain = await bench.queued("plain")
-        listener = Listener(bench, "streamed")
-        await asyncio.sleep(0)
-        bench.model.go_on()
-
-        assert await bench.model.next_batch() == ["plain", "streamed"]
-        assert bench.model.on_token is not None
-        bench.model.on_token(0, 1)
-        bench.model.on_token(1, 2)
-        bench.model.go_on()
-        await soon(listener.task)
-
-        assert listener.tokens == [2]
-        assert text_of(await soon(plain[0])) == "plain"
-
-    async def test_nobody_listening_the_model_reads_no_tokens(self, bench: Bench) -> None:
-        await bench.busy()
-
-        assert bench.model.on_token is None
-
-    async def test_a_listener_who_leaves_the_queue_costs_nothing(self, bench: Bench) -> None:
-        await bench.busy()
-        listener = Listener(bench, "gone")
-        await asyncio.sleep(0)
-        await bench.queued("a")
-
-        listener.task.cancel()
-        await asyncio.gather(listener.task, return_exceptions=True)
-        bench.model.go_on()
-
-        assert await bench.model.next_batch() == ["a"]
-
-    async def test_a_listener_who_leaves_ends_its_row_at_the_next_token(self, bench: Bench) -> None:
-        listener = Listener(bench, "gone")
-        await bench.model.next_batch()
-        assert bench.model.on_token is not None
-        bench.model.on_token(0, 1)
-        await listener.has_heard(1)
-        assert not bench.model.is_abandoned(0)
-
-        listener.task.cancel()
-        await asyncio.gather(listener.task, return_exceptions=True)
-
-        assert bench.model.is_abandoned(0)
-
-    async def test_a_listener_who_has_heard_enough_gets_the_result_of_what_it_heard(self, bench: Bench) -> None:
-        is_enough = threading.Event()
-        listener = Listener(bench, "abc", is_enough=is_enough.is_set)
-        await bench.model.next_batch()
-        assert not bench.model.is_abandoned(0)
-
-        is_enough.set()
-        assert bench.model.is_abandoned(0)
-        bench.model.go_on()
-        await soon(listener.task)
-
-        assert listener.result == generated("abc")
-
-    async def test_a_batch_that_is_tried_again_item_by_item_tells_no_token_twice(self, bench: Bench) -> None:
-        def answer(batch: list[str]) -> Sequence[Generated]:
-            for row, item in enumerate(batch):
-                if bench.model.on_token is not None and item == "ab":
-                    bench.model.on_token(row, 97)
-                    if len(batch) > 1:
-                        raise ValueError
-                    bench.model.on_token(row, 98)
-            return [generated(item) for item in batch]
-
-        bench.model.answer = answer
-        await bench.busy()
-        listener = Listener(bench, "ab")
-        await asyncio.sleep(0)
-        await bench.queued("other")
-        bench.model.go_on(10)
-        await soon(listener.task)
-
-        assert listener.tokens == [97, 98]
-        assert listener.result == generated("ab")
-
-    async def test_a_failure_comes_behind_the_tokens_that_were_made(self, bench: Bench) -> None:
-        listener = Listener(bench, "a")
-        await bench.model.next_batch()
-        assert bench.model.on_token is not None
-        bench.model.on_token(0, 1)
-        bench.model.answer = raising(MemoryError())
-        bench.model.go_on()
-
-        with pytest.raises(OutOfMemory):
-            await soon(listener.task)
-        assert listener.tokens == [1]
-
-    async def test_the_deadline_holds_between_tokens(self, bench: Bench) -> None:
-        listener = Listener(bench, "slow", deadline=Deadline.after(0.01))
-
-        with pytest.raises(DeadlineExceeded):
-            await soon(listener.task)
-        with pytest.raises(DeadlineExceeded):
-            await soon(Listener(bench, "late", deadline=Deadline.after(-1)).task)
-
-    async def test_closing_the_engine_turns_away_who_waits_to_listen(self, bench: Bench) -> None:
-        await bench.busy()
-        listener = Listener(bench, "a")
-        await asyncio.sleep(0)
-
-        closing = asyncio.create_task(bench.engine.close())
-
-        with pytest.raises(Unavailable):
-            await soon(listener.task)
-        bench.model.go_on()
-        await soon(closing)
-
-    async def test_an_engine_with_a_computation_of_its_own_has_no_tokens(self) -> None:
-        engine: HFEngine[GatedModel, str, Sampling, list[float]] = HFEngine(
-            GatedModel, max_batch=1, run=lambda model, batch, options, is_abandoned: [[0.0] for _ in batch]
-        )
-        await soon(engine.start())
-
+    async def test_an_engine_with_a_computation_of_its_own_has_no_tokens(self, bench: Bench) -> None:
         with pytest.raises(NotSupported):
-            await anext(engine.stream("a", GREEDY, later()))
-        assert await soon(engine.generate("a", GREEDY, later())) == [0.0]
-        await soon(engine.close())
+            await anext(bench.engine.stream("a", GREEDY, later()))
 
 
 class TestStartAndClose:

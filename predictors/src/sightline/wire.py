@@ -239,6 +239,7 @@ class Context:
     """What travels with a request beside its content.
 
     principal    which API key sent it, as a short digest; empty when authentication is off
+    address      where it came from, such as 10.0.0.7; empty when that is not known
     traceparent  the caller's W3C trace context, handed on as it came, and
     tracestate   what its tracing systems add to it
     """
@@ -248,3 +249,9 @@ class Context:
     principal: str = ""
     traceparent: str | None = None
     tracestate: str | None = None
+    address: str = ""
+
+    @property
+    def client(self) -> str:
+        """Who takes turns with the others where requests wait: whose key it is, else where they come from."""
+        return self.principal or self.address

@@ -164,6 +164,14 @@ def prompts(kimi: KimiVL) -> list[Prompt]:
     ]
 
 
+def inputs_of(prompt: Prompt) -> dict[str, torch.Tensor]:
+    """What transformers' own forward takes."""
+    inputs = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids[None])}
+    if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
+        inputs |= {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    return inputs
+
+
 class TestBatches:
     def test_give_the_same_tokens_as_each_prompt_alone(self, kimi: KimiVL, prompts: list[Prompt]) -> None:
         together = answer(kimi, *prompts)
@@ -173,10 +181,11 @@ class TestBatches:
     @pytest.mark.parametrize("company", [(0, 1), (0, 3), (0, 2), (2, 1), (1, 3), (3, 2, 1, 0)])
     def test_give_the_same_logits(self, kimi: KimiVL, prompts: list[Prompt], company: tuple[int, ...]) -> None:
         with torch.inference_mode():
-            together = kimi._model(**kimi._collate([prompts[at] for at in company])).logits
-            for row, at in enumerate(company):
-                alone = kimi._model(**kimi._collate([prompts[at]])).logits[0]
-                torch.testing.assert_close(together[row, -len(alone) :], alone, rtol=0, atol=1e-4)
+            chosen = [prompts[at] for at in company]
+            together = kimi.prefill(chosen, kimi.see(chosen)).logits
+            for row, prompt in enumerate(chosen):
+                alone = kimi._model(**inputs_of(prompt)).logits[0, -1]
+                torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)
 
     def test_count_the_prompt_without_its_padding(self, kimi: KimiVL, prompts: list[Prompt]) -> None:
         results = answer(kimi, *prompts, sampling=Sampling(max_tokens=2))
@@ -186,7 +195,7 @@ class TestBatches:
 
     def test_generation_with_the_cache_is_generation_without(self, kimi: KimiVL, prompts: list[Prompt]) -> None:
         (result,) = answer(kimi, prompts[0])
-        inputs = kimi._collate([prompts[0]])
+        inputs = inputs_of(prompts[0])
         ids = inputs["input_ids"]
 
         with torch.inference_mode():
@@ -332,7 +341,7 @@ class TestSmallModel:
         assert eight.runtime.bytes_per_dtype["int8"] > 500_000
 
         for images in ([], [picture()], [picture("blue"), picture("yellow", (60, 90))]):
-            inputs = small._collate([small.preprocess(images, "Which image holds a red shape?")])
+            inputs = inputs_of(small.preprocess(images, "Which image holds a red shape?"))
             with torch.inference_mode():
                 whole, rounded = (model._model(**inputs).logits.flatten().double() for model in (small, eight))
             assert torch.cosine_similarity(whole, rounded, 0) > 0.999

@@ -32,6 +32,33 @@ class Generated:
     stopped_at: str | None = None
 
 
+@dataclass(slots=True)
+class Draft:
+    """One answer while it is made.
+
+    most   new tokens that it may have
+    stops  tokens that end it
+    """
+
+    most: int
+    stops: frozenset[int]
+    token_ids: list[int] = field(default_factory=list[int])
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the model itself ended it."""
+        return bool(self.token_ids) and self.token_ids[-1] in self.stops
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return "stop" if self.is_stopped else "length"
+
+    def add(self, token_id: int) -> bool:
+        """Take its next token; whether that was its last."""
+        self.token_ids.append(token_id)
+        return self.is_stopped or len(self.token_ids) >= self.most
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """Where a loaded model lives: `device` (cpu, cuda:0), `dtype` (torch.float32), `backend` (hf).
@@ -56,11 +83,47 @@ class TextReader(Protocol):
         ...
 
 
+class Decoder(Protocol[Prepared_contra]):
+    """The answers of one model that are being made, a row each. On the engine's one thread only."""
+
+    def join(self, prompts: Sequence[Prepared_contra], samplings: Sequence[Sampling]) -> Sequence[tuple[int, int]]:
+        """Read prompts and add a row for each. Rows that run are as they were when this raises.
+
+        returns  index of the prompt and its first token, in the order of the new rows
+        """
+        ...
+
+    def step(self) -> Sequence[int]:
+        """The next token of each row."""
+        ...
+
+    def leave(self, row: int) -> None:
+        """Give a row up; the last one takes its place."""
+        ...
+
+
 class GenerativeModel(Protocol[Prepared_contra]):
-    """A loaded model. `generate` runs on the engine's one thread only; it may hold the device."""
+    """A loaded model. What it computes runs on the engine's one thread only; it may hold the device."""
 
     info: ModelInfo
     runtime: Runtime
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ...
+
+    def decoder(self) -> Decoder[Prepared_contra]:
+        """An empty set of rows. Two of them may exist; their steps must not overlap."""
+        ...
+
+    def most_tokens(self, prompt: Prepared_contra, sampling: Sampling) -> int:
+        """New tokens that an answer may have: as many as were asked for, or fewer where the model ends before."""
+        ...
+
+    def result(self, prompt: Prepared_contra, draft: Draft) -> Generated:
+        """An answer with its counts."""
+        ...
 
     def generate(
         self,
@@ -69,7 +132,7 @@ class GenerativeModel(Protocol[Prepared_contra]):
         is_abandoned: IsAbandoned,
         on_token: OnToken | None = None,
     ) -> Sequence[Generated]:
-        """One result for each item, in order, the same alone or in any batch when greedy."""
+        """One result for each item, in order, the same alone or in any company; the engine lets others join instead."""
         ...
 
     def reader(self) -> TextReader:

@@ -1,26 +1,26 @@
-"""One thread owns the device; requests that wait for it and agree on sampling share its next batch.
+"""One thread owns the device; requests join the rows that run between two tokens, and leave when they are answered.
 
-No request waits for company: an idle thread takes what is there. Requests whose client left or whose deadline passed
-are dropped before they cost compute, and inside a running batch at the next token. transformers keeps per-call state
-on the model object (Qwen's `rope_deltas`), so `generate` must never run twice at a time: hence one thread.
+No request waits for company: an idle thread takes what is there. While rows run, those that wait are read together once
+their waiting weighs as much as the stop that reading them costs the others. Clients take turns. Requests whose client
+left, or which cannot be answered by their deadline, are dropped before they cost compute, and inside at the next token.
+transformers keeps per-call state on model objects, so that two threads must never run one at a time: hence one thread.
 """
 
 import asyncio
 import contextlib
 import sys
 import threading
+import time
 import traceback
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from sightline.engines.base import IsAbandoned, OnToken
+from sightline.engines.base import Decoder, Draft, GenerativeModel, IsAbandoned
+from sightline.engines.cost import Cost
+from sightline.engines.fair import FairQueue
 from sightline.errors import DeadlineExceeded, NotSupported, OutOfMemory, SightlineError, Unavailable
-from sightline.wire import Deadline, Sampling
-
-MIN_TEMPERATURE = 1e-5
-"""Below this sampling is greedy, as in vLLM (_SAMPLING_EPS): scores divided by 1e-38 are infinite."""
+from sightline.wire import Deadline
 
 Model = TypeVar("Model")
 Prepared = TypeVar("Prepared")
@@ -34,16 +34,22 @@ def _never() -> bool:
 
 @dataclass(slots=True, eq=False)
 class _Waiting(Generic[Prepared, Options, Result]):
-    """A request. `hear` takes its tokens on the event loop; `is_enough` is asked on the engine's thread."""
+    """A request. `hear` takes its tokens on the event loop; `is_enough` is asked on the engine's thread.
+
+    cost   of its prepared item, in the unit of the engine's budget
+    since  `time.monotonic()` at its arrival
+    """
 
     prepared: Prepared
     options: Options
     deadline: Deadline
     future: "asyncio.Future[Result]"
     loop: asyncio.AbstractEventLoop
+    cost: int
     hear: Callable[[int], None] | None = None
     is_enough: Callable[[], bool] = _never
     heard: int = 0
+    since: float = field(default_factory=time.monotonic)
 
     def is_dead(self) -> bool:
         return self.future.cancelled() or self.deadline.remaining() <= 0
@@ -66,26 +72,23 @@ class _Waiting(Generic[Prepared, Options, Result]):
         _tell(self.loop, set_it)
 
 
-def may_share(left: Any, right: Any) -> bool:  # noqa: ANN401 - Sampling, unless an engine says otherwise
-    """Whether two prompts may share a batch.
+@dataclass(slots=True, eq=False)
+class _Row(Generic[Prepared, Options, Result]):
+    """A request that is being answered."""
 
-    Sampled ones run alone, since their seed must give the same text whoever else is there; of greedy ones only the
-    length counts.
-    """
-    if left.temperature > 0 or right.temperature > 0:
-        return False
-    return left.max_tokens == right.max_tokens
+    waiting: _Waiting[Prepared, Options, Result]
+    draft: Draft
 
 
 class HFEngine(Generic[Model, Prepared, Options, Result]):
-    """Batches requests onto one loaded transformers model.
+    """Answers requests with one loaded transformers model.
 
-    load       builds the model; called once, on the engine's thread
-    max_batch  items of one `run`
-    run        (model, prepared items, options of the first, is_abandoned) → results in order; default
-               `model.generate`, which alone can stream
-    may_share  whether two requests' options allow one batch
-    cost       of a prepared item, in the unit of `max_cost` (tokens); the budget bounds a batch, never a single item
+    load       builds the model; called once, on the engine's thread: a `GenerativeModel`, or anything with a `run`
+    max_batch  rows that run at a time, or items of one `run`
+    run        (model, prepared items, options of the first, is_abandoned) → results in order; default: the model's
+               decoder, which alone can stream
+    cost       of a prepared item, in the unit of `max_cost` (tokens, patches)
+    max_cost   of what is read, or computed, in one go; bounds never a single item
     """
 
     def __init__(
@@ -94,18 +97,17 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         *,
         max_batch: int,
         run: Callable[[Model, Sequence[Prepared], Options, IsAbandoned], Sequence[Result]] | None = None,
-        may_share: Callable[[Options, Options], bool] = may_share,
         cost: Callable[[Prepared], int] | None = None,
         max_cost: int | None = None,
     ) -> None:
         self._load = load
         self._max_batch = max_batch
         self._run_batch = run
-        self._may_share = may_share
         self._cost: Callable[[Prepared], int] = cost or (lambda prepared: 0)
         self._max_cost = max_cost
         self._model: Model | None = None
-        self._waiting: deque[_Waiting[Prepared, Options, Result]] = deque()
+        self._waiting: FairQueue[_Waiting[Prepared, Options, Result]] = FairQueue()
+        self._learnt = Cost()
         self._wake = threading.Condition()
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -161,13 +163,15 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         if self._thread is not None and self._model is not None:
             await asyncio.to_thread(self._thread.join)
 
-    async def generate(self, prepared: Prepared, options: Options, deadline: Deadline) -> Result:
+    async def generate(self, prepared: Prepared, options: Options, deadline: Deadline, *, client: str = "") -> Result:
         """The answer to one prepared item.
+
+        client  who takes turns with the others
 
         Cancelling the caller drops the item from the queue or ends it at the next token. Raises DeadlineExceeded
         (504), OutOfMemory (507), Unavailable (503).
         """
-        waiting = self._submit(prepared, options, deadline)
+        waiting = self._submit(prepared, options, deadline, client)
         try:
             async with asyncio.timeout(deadline.remaining()):
                 return await waiting.future
@@ -175,7 +179,13 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
             raise _too_late() from error
 
     async def stream(
-        self, prepared: Prepared, options: Options, deadline: Deadline, *, is_enough: Callable[[], bool] = _never
+        self,
+        prepared: Prepared,
+        options: Options,
+        deadline: Deadline,
+        *,
+        is_enough: Callable[[], bool] = _never,
+        client: str = "",
     ) -> AsyncGenerator[list[int] | Result]:
         """The new token ids as they are made, those that came together in one list, then the whole result.
 
@@ -187,7 +197,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         if self._run_batch is not None:
             raise NotSupported("This model does not stream.")
         arrived: asyncio.Queue[int | None] = asyncio.Queue()
-        waiting = self._submit(prepared, options, deadline, arrived.put_nowait, is_enough)
+        waiting = self._submit(prepared, options, deadline, client, arrived.put_nowait, is_enough)
         waiting.future.add_done_callback(lambda _: arrived.put_nowait(None))
         try:
             while True:
@@ -212,80 +222,194 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         prepared: Prepared,
         options: Options,
         deadline: Deadline,
+        client: str,
         hear: Callable[[int], None] | None = None,
         is_enough: Callable[[], bool] = _never,
     ) -> _Waiting[Prepared, Options, Result]:
         deadline.check()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        waiting = _Waiting(prepared, options, deadline, future, loop, hear, is_enough)
+        waiting = _Waiting(prepared, options, deadline, future, loop, self._cost(prepared), hear, is_enough)
         with self._wake:
             if self._model is None or self._is_closing:
                 raise Unavailable("The model is not ready.", code="model_not_ready", retry_after=5)
-            self._waiting.append(waiting)
+            self._waiting.push(client, waiting)
             self._wake.notify()
         return waiting
 
     def _work(self, model: Model) -> None:
         while True:
-            batch = self._next_batch()
+            batch = self._next_batch(model)
             if batch is None:
                 return
             self._run(model, batch)
 
-    def _next_batch(self) -> list[_Waiting[Prepared, Options, Result]] | None:
+    def _next_batch(self, model: Model) -> list[_Waiting[Prepared, Options, Result]] | None:
+        """Wait for requests; None when there will be no more."""
         with self._wake:
             while True:
-                while self._waiting and self._waiting[0].is_dead():
-                    self._waiting.popleft()
-                if self._waiting:
-                    return self._take()
+                if batch := self._taken(model, self._max_batch, ()):
+                    return batch
                 if self._is_closing:
                     return None
                 self._wake.wait()
 
-    def _take(self) -> list[_Waiting[Prepared, Options, Result]]:
-        """The first request and those behind it that agree with its options and fit into its batch."""
-        first = self._waiting.popleft()
-        batch, kept = [first], list[_Waiting[Prepared, Options, Result]]()
-        cost = self._cost(first.prepared)
-        while self._waiting and len(batch) < self._max_batch:
-            item = self._waiting.popleft()
-            more = self._cost(item.prepared)
-            fits = self._max_cost is None or cost + more <= self._max_cost
-            if fits and not item.is_dead() and self._may_share(first.options, item.options):
-                batch.append(item)
-                cost += more
-            elif not item.is_dead():
-                kept.append(item)
-        self._waiting.extendleft(reversed(kept))
-        return batch
+    def _joiners(self, model: Model, rows: Sequence[_Row[Prepared, Options, Result]]) -> list[Any]:
+        """Who joins the rows that run; called between two tokens.
 
-    def _run(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]]) -> None:
+        Reading prompts stops every row for a while, of which a part is the same however many are read. So those who
+        wait do so until their waiting comes to as much as all rows together would lose: at most twice the least loss,
+        whoever comes next (it is the ski-rental problem).
+        """
+        with self._wake:
+            room = self._max_batch - len(rows)
+            if room <= 0 or not len(self._waiting):
+                return []
+            now = time.monotonic()
+            if sum(now - waiting.since for waiting in self._waiting) < len(rows) * self._learnt.prefill.fixed:
+                return []
+            return self._taken(model, room, rows)
+
+    def _taken(
+        self, model: Model, most: int, rows: Sequence[_Row[Prepared, Options, Result]]
+    ) -> list[_Waiting[Prepared, Options, Result]]:
+        """Requests in turn that fit into one go, without those that nobody waits for or that cannot be answered."""
+        self._waiting.discard(lambda waiting: self._is_hopeless(model, waiting))
+        taken, cost, limit = 0, 0, self._slack(rows)
+
+        def accept(waiting: _Waiting[Prepared, Options, Result]) -> bool | None:
+            nonlocal taken, cost, limit
+            if taken == most:
+                return None
+            if taken or rows:
+                more = cost + waiting.cost
+                is_within = self._max_cost is None or not taken or more <= self._max_cost
+                most_seconds = min(limit, waiting.deadline.remaining()) if taken else limit
+                if not is_within or self._seconds(more) > most_seconds:
+                    return False
+            taken, cost = taken + 1, cost + waiting.cost
+            limit = min(limit, waiting.deadline.remaining())
+            return True
+
+        return self._waiting.take(accept)
+
+    def _seconds(self, cost: float) -> float:
+        """What one go of that cost takes, as far as is known."""
+        line = self._learnt.prefill if self._run_batch is None else self._learnt.batch
+        return line.of(cost)
+
+    def _is_hopeless(self, model: Model, waiting: _Waiting[Prepared, Options, Result]) -> bool:
+        """Whether a request is dropped; one that nobody could answer in time any more is told so."""
+        if waiting.is_dead():
+            return True
+        seconds = waiting.deadline.remaining()
+        if self._run_batch is not None:
+            is_possible = self._learnt.can_compute(waiting.cost, seconds)
+        else:
+            most = cast("Any", model).most_tokens(waiting.prepared, waiting.options)
+            is_possible = self._learnt.can_answer(waiting.cost, most, seconds)
+        if not is_possible:
+            waiting.settle(_too_late())
+        return not is_possible
+
+    def _slack(self, rows: Sequence[_Row[Prepared, Options, Result]]) -> float:
+        """Seconds by which the rows that run may be stopped so that none of them misses its deadline for it."""
+        step, slack = self._learnt.step.of(len(rows)), float("inf")
+        for row in rows:
+            left = max(0, self._learnt.tokens(row.draft.most) - len(row.draft.token_ids))
+            spare = row.waiting.deadline.remaining() - left * step
+            if spare > 0:  # a row that is late already holds nobody up
+                slack = min(slack, spare)
+        return slack
+
+    def _run(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]], *, is_alone: bool = False) -> None:
+        """Answer a batch. Others join it, unless it is alone."""
+        if self._run_batch is None:
+            failed = self._decode(cast("Any", model), batch, is_alone=is_alone)
+            if failed is not None:
+                self._fail(model, *failed)
+            return
+        started = time.monotonic()
         try:
-            results = self._results(model, batch)
+            results = self._run_batch(
+                model,
+                [item.prepared for item in batch],
+                batch[0].options,
+                lambda index: batch[index].is_dead() or batch[index].is_enough(),
+            )
             settled = list(zip(batch, results, strict=True))
         except Exception as error:
             self._fail(model, batch, error)
             return
+        self._learnt.batch.add(sum(item.cost for item in batch), time.monotonic() - started)
         for item, result in settled:
             item.settle(result)
 
-    def _results(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]]) -> Sequence[Result]:
-        prepared, options = [item.prepared for item in batch], batch[0].options
-        is_abandoned: IsAbandoned = lambda index: batch[index].is_dead() or batch[index].is_enough()  # noqa: E731
-        if self._run_batch is not None:
-            return self._run_batch(model, prepared, options, is_abandoned)
-        generate: Callable[..., Sequence[Result]] = cast("Any", model).generate
-        if all(item.hear is None for item in batch):  # then no model is slowed down by reading its tokens one by one
-            return generate(prepared, options, is_abandoned)
-        counts = [0] * len(batch)
+    def _decode(
+        self, model: GenerativeModel[Prepared], batch: list[_Waiting[Prepared, Options, Result]], *, is_alone: bool
+    ) -> tuple[list[_Waiting[Prepared, Options, Result]], Exception] | None:
+        """Make tokens until no row is left; returns those that an error ended, once the memory of their rows is free."""
+        decoder: Decoder[Prepared] = model.decoder()
+        rows: list[_Row[Prepared, Options, Result]] = []
+        while True:
+            if batch:
+                self._join(model, decoder, rows, batch)
+            if not rows:
+                return None
+            started = time.monotonic()
+            try:
+                tokens = decoder.step()
+                self._hear(model, decoder, rows, tokens)
+            except Exception as error:
+                return [row.waiting for row in rows], error
+            self._learnt.step.add(len(tokens), time.monotonic() - started)
+            batch = [] if is_alone else self._joiners(cast("Any", model), rows)
 
-        def on_token(row: int, token_id: int) -> None:
-            counts[row] += 1
-            batch[row].tell(counts[row], token_id)
+    def _join(
+        self,
+        model: GenerativeModel[Prepared],
+        decoder: Decoder[Prepared],
+        rows: list[_Row[Prepared, Options, Result]],
+        batch: list[_Waiting[Prepared, Options, Result]],
+    ) -> None:
+        """Read prompts and add their rows. When that fails, it is their failure alone."""
+        started = time.monotonic()
+        try:
+            joined = decoder.join([item.prepared for item in batch], [cast("Any", item.options) for item in batch])
+        except Exception as error:
+            self._fail(cast("Any", model), batch, error)
+            return
+        self._learnt.prefill.add(sum(item.cost for item in batch), time.monotonic() - started)
+        first = len(rows)
+        for at, _ in joined:
+            most = model.most_tokens(batch[at].prepared, cast("Any", batch[at].options))
+            rows.append(_Row(batch[at], Draft(most, model.stops)))
+        self._hear(model, decoder, rows, [token for _, token in joined], first)
 
-        return generate(prepared, options, is_abandoned, on_token)
+    def _hear(
+        self,
+        model: GenerativeModel[Prepared],
+        decoder: Decoder[Prepared],
+        rows: list[_Row[Prepared, Options, Result]],
+        tokens: Sequence[int],
+        first: int = 0,
+    ) -> None:
+        """Take the newest token of each row from the first on; rows that end with it leave."""
+        over: list[int] = []
+        for at, token in enumerate(tokens, first):
+            draft, waiting = rows[at].draft, rows[at].waiting
+            is_over = draft.add(token)
+            waiting.tell(len(draft.token_ids), token)
+            if is_over or waiting.is_enough():
+                self._learnt.answered(len(draft.token_ids))
+                waiting.settle(cast("Any", model.result(waiting.prepared, draft)))
+                over.append(at)
+            elif waiting.is_dead():
+                over.append(at)
+        for at in reversed(over):
+            decoder.leave(at)
+            rows[at] = rows[-1]
+            rows.pop()
 
     def _fail(self, model: Model, batch: list[_Waiting[Prepared, Options, Result]], error: Exception) -> None:
         is_out_of_memory = _is_out_of_memory(error)
@@ -295,7 +419,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         if len(batch) > 1:  # one bad item must not fail its company
             for item in batch:
                 if not item.is_dead():
-                    self._run(model, [item])
+                    self._run(model, [item], is_alone=True)
             return
         fault: BaseException = error
         if is_out_of_memory:
@@ -334,89 +458,3 @@ def _empty_cache() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def generate_tokens(
-    model: Any,  # noqa: ANN401 - a transformers GenerationMixin, which has no useful type
-    inputs: dict[str, Any],
-    sampling: Sampling,
-    is_abandoned: IsAbandoned,
-    on_token: OnToken | None = None,
-    *,
-    eos_token_ids: Sequence[int],
-    pad_token_id: int,
-) -> list[tuple[tuple[int, ...], bool]]:
-    """Run `generate` on a left-padded batch.
-
-    inputs    what the model's processor made, `input_ids` (B, T) included, on the model's device
-    on_token  told each new token of a row that has not ended, the stop token included
-    returns   for each row its new token ids (stop token included, padding not) and whether it stopped by itself
-
-    Every sampling field is pinned, so that a checkpoint's generation_config cannot change the answer behind our back
-    (Qwen2.5-VL ships repetition_penalty 1.05: it is kept, because the model was tuned with it).
-    """
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    begin = inputs["input_ids"].shape[1]
-    stops = set(eos_token_ids)
-    rows = _Rows(inputs["input_ids"].shape[0], stops, is_abandoned, on_token)
-
-    class _BetweenTokens(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            newest = cast("list[int]", input_ids[:, -1].tolist()) if on_token is not None else None
-            return torch.tensor(rows.after(newest, input_ids.shape[1] - begin), device=input_ids.device)
-
-    options: dict[str, Any] = {
-        "max_new_tokens": sampling.max_tokens,
-        "eos_token_id": list(eos_token_ids),
-        "pad_token_id": pad_token_id,
-        "num_beams": 1,
-        "stopping_criteria": StoppingCriteriaList([_BetweenTokens()]),
-    }
-    if sampling.temperature >= MIN_TEMPERATURE:
-        options |= {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
-        else:
-            torch.seed()
-    else:
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    with torch.inference_mode():
-        output = model.generate(**inputs, **options)
-    return [rows.trimmed(row, ids) for row, ids in enumerate(cast("list[list[int]]", output[:, begin:].tolist()))]
-
-
-class _Rows:
-    """Which rows of a running batch go on, and what of each is its answer: a batch ends with its last row."""
-
-    def __init__(self, count: int, stops: set[int], is_abandoned: IsAbandoned, on_token: OnToken | None) -> None:
-        self._stops = stops
-        self._is_abandoned = is_abandoned
-        self._on_token = on_token
-        self._has_stopped = [False] * count
-        self._cut_at: list[int | None] = [None] * count
-
-    def after(self, newest: Sequence[int] | None, length: int) -> list[bool]:
-        """Between two tokens: hand on the newest of each row, and say which rows nobody waits for."""
-        flags: list[bool] = []
-        for row, cut_at in enumerate(self._cut_at):
-            if newest is not None and self._on_token is not None and not (self._has_stopped[row] or cut_at):
-                self._on_token(row, newest[row])
-                self._has_stopped[row] = newest[row] in self._stops
-            is_abandoned = cut_at is not None or self._is_abandoned(row)
-            if is_abandoned and cut_at is None:
-                self._cut_at[row] = length
-            flags.append(is_abandoned)
-        return flags
-
-    def trimmed(self, row: int, ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
-        """What the row generated before it stopped or was abandoned, and whether it stopped by itself."""
-        ids = ids[: self._cut_at[row]]
-        end = next((at for at, token in enumerate(ids) if token in self._stops), None)
-        return tuple(ids if end is None else ids[: end + 1]), end is not None

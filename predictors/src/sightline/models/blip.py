@@ -11,18 +11,28 @@ Traps    The class's own `generate` drops the last token of every row, which in 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, BlipForConditionalGeneration
+from transformers import AutoProcessor, BlipForConditionalGeneration, Cache, DynamicCache, EncoderDecoderCache
 
-from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
-from sightline.engines.hf import generate_tokens
+from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
+from sightline.engines.decoding import (
+    Decoder,
+    Prefilled,
+    Slots,
+    additive,
+    causal,
+    generate,
+    last_of,
+    layers_of,
+    padded,
+)
 from sightline.engines.text import Detokenizer
 from sightline.errors import InvalidParameter
-from sightline.models.loading import check_kind, load_pretrained, model_info
+from sightline.models.loading import check_kind, load_pretrained, model_info, repetition_penalty
 from sightline.settings import BlipSettings
 from sightline.wire import Sampling
 
@@ -37,6 +47,11 @@ class Prompt:
 
     pixel_values: torch.Tensor
     input_ids: torch.Tensor
+
+    @property
+    def cost(self) -> int:
+        """Patches, of 16 x 16 pixels."""
+        return self.pixel_values.shape[-1] ** 2 // 256
 
 
 class Blip:
@@ -55,7 +70,8 @@ class Blip:
         self._model: Any = load_pretrained(BlipForConditionalGeneration, settings)
         text: Any = self._model.config.text_config
         vision: Any = self._model.config.vision_config
-        self._begin, self._end, self._pad = int(text.bos_token_id), int(text.sep_token_id), int(text.pad_token_id)
+        self._begin, self._end = int(text.bos_token_id), int(text.sep_token_id)
+        self.repetition_penalty = repetition_penalty(self._model.text_decoder)
         self._half_context = int(text.max_position_embeddings) // 2
         self.image_side = int(vision.image_size)
         self.image_tokens = (self.image_side // int(vision.patch_size)) ** 2 + 1
@@ -90,24 +106,81 @@ class Blip:
         on_token: OnToken | None = None,
     ) -> list[Generated]:
         """Caption a batch; see `engines.base.GenerativeModel`."""
-        rows = generate_tokens(
-            self._model.text_decoder,
-            self._collate(batch) | self._seen(batch),
-            replace(sampling, max_tokens=min(sampling.max_tokens, self._half_context)),
-            is_abandoned,
-            on_token,
-            eos_token_ids=(self._end,),
-            pad_token_id=self._pad,
+        return generate(self, batch, sampling, is_abandoned, on_token)
+
+    def decoder(self) -> Decoder[Prompt]:
+        """An empty set of rows; see `engines.base.Decoder`."""
+        return Decoder(self)
+
+    # --- what the decoding loop needs, see `engines.decoding.Network` ---
+
+    @property
+    def stops(self) -> frozenset[int]:
+        return frozenset((self._end,))
+
+    def token_ids(self, prompt: Prompt) -> torch.Tensor:
+        return prompt.input_ids
+
+    def most_tokens(self, prompt: Prompt, sampling: Sampling) -> int:
+        return min(sampling.max_tokens, self._half_context)
+
+    def result(self, prompt: Prompt, draft: Draft) -> Generated:
+        return Generated(
+            token_ids=tuple(draft.token_ids),
+            finish_reason=draft.finish_reason,
+            prompt_tokens=len(prompt.input_ids) + self.image_tokens,
+            image_tokens=self.image_tokens,
         )
-        return [
-            Generated(
-                token_ids=ids,
-                finish_reason="stop" if stopped else "length",
-                prompt_tokens=len(prompt.input_ids) + self.image_tokens,
-                image_tokens=self.image_tokens,
-            )
-            for prompt, (ids, stopped) in zip(batch, rows, strict=True)
-        ]
+
+    def see(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+        """What the vision tower makes of the images, (N, D) each, for the decoder to attend to."""
+        pixels = torch.stack([prompt.pixel_values for prompt in prompts]).to(self._model.device, self._model.dtype)
+        return list(self._model.vision_model(pixel_values=pixels).last_hidden_state)
+
+    def prefill(self, prompts: Sequence[Prompt], seen: Sequence[torch.Tensor]) -> Prefilled:
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        ids = padded([prompt.input_ids for prompt in prompts]).to(self._model.device)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        hidden = self._read(ids, causal(ids.shape[1], ids.device), torch.stack(list(seen)), cache)
+        others = [tensor for layer in layers_of(cache.cross_attention_cache) for tensor in layer]
+        logits = self._words(last_of(hidden, lengths))
+        return Prefilled(logits, layers_of(cache.self_attention_cache), lengths, lengths, others)
+
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, slots: Slots) -> torch.Tensor:
+        others = slots.others
+        seen = _Seen(list(zip(others[::2], others[1::2], strict=True)))
+        hidden = self._read(
+            tokens[:, None],
+            slots.seen(tokens.device),
+            others[0],  # that there is an image is all that is asked of it: its keys are there
+            EncoderDecoderCache(slots, seen),
+            positions[:, None],
+        )
+        return self._words(hidden[:, -1])
+
+    def _read(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        image: torch.Tensor,
+        cache: EncoderDecoderCache,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if mask is None:  # else transformers would ask the cache for its sizes
+            mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
+        return self._model.text_decoder.bert(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=additive(mask, self._model.dtype),
+            encoder_hidden_states=image,
+            past_key_values=cache,
+            use_cache=True,
+            is_decoder=True,
+        ).last_hidden_state
+
+    def _words(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, D) → logits (B, V)."""
+        return self._model.text_decoder.cls(hidden)
 
     def postprocess(self, prompt: Prompt, generated: Generated) -> str:
         """The caption: the prefix as the model read it (lower case) and what it said, without control tokens."""
@@ -120,19 +193,18 @@ class Blip:
     def _text(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def _seen(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """What the vision tower makes of the images, (B, N, D), for the decoder to attend to."""
-        pixels = torch.stack([prompt.pixel_values for prompt in batch]).to(self._model.device, self._model.dtype)
-        with torch.inference_mode():
-            return {"encoder_hidden_states": self._model.vision_model(pixel_values=pixels).last_hidden_state}
 
-    def _collate(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Left-pad the prefixes to (B, T)."""
-        length = max(len(prompt.input_ids) for prompt in batch)
-        ids = torch.full((len(batch), length), self._pad)
-        mask = torch.zeros((len(batch), length), dtype=torch.int64)
-        for row, prompt in enumerate(batch):
-            ids[row, length - len(prompt.input_ids) :] = prompt.input_ids
-            mask[row, length - len(prompt.input_ids) :] = 1
-        device = self._model.device
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+class _Seen(Cache):
+    """Keys and values of images, as the decoder left them when it read the prompts."""
+
+    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__(layers=[_SeenLayer(*layer) for layer in layers])  # type: ignore[arg-type]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.layers[layer_idx].keys.shape[-2])  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SeenLayer:
+    keys: torch.Tensor
+    values: torch.Tensor

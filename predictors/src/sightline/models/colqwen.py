@@ -35,7 +35,9 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from sightline.engines.base import IsAbandoned, Runtime
+from sightline.engines.packing import packs
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter, SightlineError
+from sightline.models.layers import PatchMatrix
 from sightline.models.loading import LoadFailed, as_plain_text, check_kind, check_length, load_pretrained, model_info
 from sightline.settings import EmbedSettings
 
@@ -89,7 +91,7 @@ class ColQwen:
             model = adapter.merged_into(model)
             self.info = replace(self.info, name=adapter.name, revision=adapter.revision)
         self.flash_attention = _use_flash_attention(model)
-        model.visual.patch_embed.proj = _PatchMatrix(model.visual.patch_embed.proj)
+        model.visual.patch_embed.proj = PatchMatrix(model.visual.patch_embed.proj)
         self._model = model
         self._processor: Any = ColQwen2_5_Processor.from_pretrained(
             settings.model, revision=settings.revision, cache_dir=settings.cache_dir, trust_remote_code=False
@@ -245,23 +247,6 @@ class _ColQwen(ColQwen2_5):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 - as transformers declares it
 
 
-class _PatchMatrix(torch.nn.Module):
-    """The patch embedding as one matrix product.
-
-    Its kernel is as large as its stride, so that a convolution does nothing else, but in bfloat16 some versions of
-    cuDNN take 10 to 50,000 times as long for it (transformers#45750, sglang-omni#132).
-    """
-
-    def __init__(self, convolution: torch.nn.Conv3d) -> None:
-        super().__init__()
-        self.weight = convolution.weight
-        self.bias = convolution.bias
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """(P, channels, frames, side, side) -> (P, width)."""
-        return torch.nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
-
-
 @dataclass(frozen=True, slots=True)
 class Golden:
     """What the fixed query and page became: a checksum for equal set-ups, and numbers to compare across others.
@@ -287,27 +272,6 @@ def golden_page() -> Image.Image:
     pixels[20:60, 20:60] = (220, 40, 40)
     pixels[:, 80:, 1] = np.linspace(0, 255, 80).astype(np.uint8)
     return Image.fromarray(pixels)
-
-
-def packs(lengths: Sequence[int], max_items: int, max_tokens: int) -> list[list[int]]:
-    """Which items share a forward: similar lengths together, within both budgets; every index exactly once.
-
-    max_tokens   of a padded forward (items x longest); an item longer than that goes alone
-
-    A pack ends where padding would be more than half of an item: queries are not padded to the length of pages.
-    """
-    found: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if found:
-            pack = found[-1]
-            fits = len(pack) < max_items and (len(pack) + 1) * longest <= max_tokens
-            if fits and 2 * lengths[index] >= longest:
-                pack.append(index)
-                continue
-        found.append([index])
-        longest = lengths[index]
-    return found
 
 
 def pool(vectors: Vectors, factor: int) -> Vectors:

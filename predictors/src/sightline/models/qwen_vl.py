@@ -8,19 +8,20 @@ Traps    `mm_token_type_ids` must reach the model: without it positions silently
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
-from sightline.engines.hf import generate_tokens
+from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
+from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
 from sightline.images import scaled
+from sightline.models.layers import PatchMatrix
 from sightline.models.loading import (
     Quantization,
     as_plain_text,
@@ -45,6 +46,8 @@ class Prompt:
     token_types     (T,) int64, 1 where a token stands for an image patch
     pixel_values    (P, D) float32, normalised patches
     image_grid_thw  (images, 3) int64, patches in time, height, width
+    positions       (3, T) int64, in time, height, width
+    next_position   of the first new token, in all three
     """
 
     input_ids: torch.Tensor
@@ -52,6 +55,13 @@ class Prompt:
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
     image_tokens: int
+    positions: torch.Tensor
+    next_position: int
+
+    @property
+    def cost(self) -> int:
+        """Tokens and patches."""
+        return len(self.input_ids) + len(self.pixel_values)
 
 
 class QwenVL:
@@ -74,8 +84,10 @@ class QwenVL:
         )
         self._image_token_id = int(self._model.config.image_token_id)
         self._eos = _eos_token_ids(self._model, self._tokenizer)
+        patches: Any = self._model.model.visual.patch_embed
+        patches.proj = PatchMatrix(patches.proj)
+        self._text_model: Any = self._model.model.language_model
         self.repetition_penalty = repetition_penalty(self._model)
-        self._pad = int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos[0])
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
 
@@ -107,12 +119,17 @@ class QwenVL:
         if image_tokens == 0 or len(inputs["image_grid_thw"]) != len(images):
             raise InternalError("The model would not have seen the image.", code="image_not_seen")
         check_length(self._model, len(input_ids))
+        positions, offset = self._model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
+        )
         return Prompt(
             input_ids=input_ids,
             token_types=inputs["mm_token_type_ids"][0],
             pixel_values=inputs["pixel_values"],
             image_grid_thw=inputs["image_grid_thw"],
             image_tokens=image_tokens,
+            positions=positions[:, 0],
+            next_position=len(input_ids) + int(offset),
         )
 
     def generate(
@@ -123,30 +140,66 @@ class QwenVL:
         on_token: OnToken | None = None,
     ) -> list[Generated]:
         """Answer a batch; see `engines.base.GenerativeModel`."""
-        inputs = self._collate(batch)
-        rows = generate_tokens(
-            self._model,
-            inputs,
-            sampling,
-            is_abandoned,
-            on_token,
-            eos_token_ids=self._eos,
-            pad_token_id=self._pad,
-        )
-        return [
-            Generated(
-                token_ids=ids,
-                finish_reason="stop" if stopped else "length",
-                prompt_tokens=len(prompt.input_ids),
-                image_tokens=prompt.image_tokens,
-            )
-            for prompt, (ids, stopped) in zip(batch, rows, strict=True)
-        ]
+        return generate(self, batch, sampling, is_abandoned, on_token)
+
+    def decoder(self) -> Decoder[Prompt]:
+        """An empty set of rows; see `engines.base.Decoder`."""
+        return Decoder(self)
+
+    # --- what the decoding loop needs, see `engines.decoding.Network` ---
 
     @property
     def stops(self) -> frozenset[int]:
-        """Tokens that end an answer."""
         return frozenset(self._eos)
+
+    def token_ids(self, prompt: Prompt) -> torch.Tensor:
+        return prompt.input_ids
+
+    def most_tokens(self, prompt: Prompt, sampling: Sampling) -> int:
+        return sampling.max_tokens
+
+    def result(self, prompt: Prompt, draft: Draft) -> Generated:
+        return Generated(
+            token_ids=tuple(draft.token_ids),
+            finish_reason=draft.finish_reason,
+            prompt_tokens=len(prompt.input_ids),
+            image_tokens=prompt.image_tokens,
+        )
+
+    def see(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+        """For each prompt what stands in the places of its image tokens, (image tokens, D)."""
+        pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self._model.device)
+        grids = torch.cat([prompt.image_grid_thw for prompt in prompts]).to(self._model.device)
+        images = torch.cat(self._model.model.get_image_features(pixels, grids, return_dict=True).pooler_output)
+        return list(images.split([prompt.image_tokens for prompt in prompts]))
+
+    def prefill(self, prompts: Sequence[Prompt], seen: Sequence[torch.Tensor]) -> Prefilled:
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        ids = padded([prompt.input_ids for prompt in prompts]).to(self._model.device)
+        places = padded([prompt.input_ids == self._image_token_id for prompt in prompts]).to(ids.device)
+        embedded = self._text_model.embed_tokens(ids)
+        embedded[places] = torch.cat(list(seen)).to(embedded.device, embedded.dtype)
+        positions = padded([prompt.positions.T for prompt in prompts]).permute(2, 0, 1).to(ids.device)
+        cache = DynamicCache()
+        hidden = self._text_model(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            attention_mask={"full_attention": None},  # causal, and padding comes last
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = self._model.lm_head(last_of(hidden, lengths))
+        return Prefilled(logits, layers_of(cache), lengths, [prompt.next_position for prompt in prompts])
+
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, slots: Slots) -> torch.Tensor:
+        hidden = self._text_model(
+            inputs_embeds=self._text_model.embed_tokens(tokens[:, None]),
+            position_ids=positions[None, :, None].expand(3, -1, -1),
+            attention_mask={"full_attention": slots.seen(tokens.device)},
+            past_key_values=slots,
+            use_cache=True,
+        ).last_hidden_state
+        return self._model.lm_head(hidden[:, -1])
 
     def postprocess(self, generated: Generated) -> str:
         """The text of an answer, control tokens removed, stripped (contract A8)."""
@@ -176,34 +229,9 @@ class QwenVL:
         )
         return height * width
 
-    def _collate(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Left-pad a batch to (B, T); patches of all images one after the other."""
-        length = max(len(prompt.input_ids) for prompt in batch)
-        padded = [_left_padded(prompt, length, self._pad) for prompt in batch]
-        mask = torch.zeros((len(batch), length), dtype=torch.int64)
-        for row, prompt in enumerate(batch):
-            mask[row, length - len(prompt.input_ids) :] = 1
-        inputs = {
-            "input_ids": torch.stack([prompt.input_ids for prompt in padded]),
-            "mm_token_type_ids": torch.stack([prompt.token_types for prompt in padded]),
-            "attention_mask": mask,
-            "pixel_values": torch.cat([prompt.pixel_values for prompt in batch]),
-            "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in batch]),
-        }
-        return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
-
 
 def _content(part: str | Image.Image) -> dict[str, str]:
     return {"type": "text", "text": as_plain_text(part)} if isinstance(part, str) else {"type": "image"}
-
-
-def _left_padded(prompt: Prompt, length: int, pad: int) -> Prompt:
-    missing = length - len(prompt.input_ids)
-    return replace(
-        prompt,
-        input_ids=torch.nn.functional.pad(prompt.input_ids, (missing, 0), value=pad),
-        token_types=torch.nn.functional.pad(prompt.token_types, (missing, 0), value=0),
-    )
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401

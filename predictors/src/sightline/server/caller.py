@@ -35,6 +35,7 @@ def context_of(
     *,
     is_open: bool,
     usual_seconds: float | None = None,
+    address: str = "",
 ) -> Context:
     """Who calls, until when, and as part of which trace.
 
@@ -42,6 +43,7 @@ def context_of(
     longest_seconds  of the deadline; the caller may ask for less
     usual_seconds    of the deadline when it asks for none; None: the longest
     is_open          whether the place called answers those without a key, as for probes
+    address          of the peer, without its port
 
     Raises InvalidApiKey (403), BadRequest (400), InvalidParameter (422).
     """
@@ -59,6 +61,7 @@ def context_of(
         principal=principal,
         traceparent=traceparent if is_traced else None,
         tracestate=tracestate if is_traced and _TRACESTATE.fullmatch(tracestate) else None,
+        address=address,
     )
 
 

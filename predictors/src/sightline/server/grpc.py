@@ -226,7 +226,10 @@ class _Servicer(pb_grpc.GRPCInferenceServiceServicer):
             seconds = longest if remaining is None else max(0.001, min(longest, remaining))
             usual = self._settings.usual_seconds if remaining is None else seconds
             is_open = method in _OPEN
-            context = context_of(headers, own_id, self._keys, seconds, is_open=is_open, usual_seconds=usual)
+            peer = grpc_context.peer().rpartition(":")[0]  # ipv4:10.0.0.7:43210
+            context = context_of(
+                headers, own_id, self._keys, seconds, is_open=is_open, usual_seconds=usual, address=peer
+            )
             answer = await work(context)
             await grpc_context.send_initial_metadata(((REQUEST_ID_HEADER, own_id),))
             status = grpc.StatusCode.OK

@@ -90,6 +90,7 @@ class Guard:
             told.deadline_seconds,
             is_open=is_open(scope["path"]),
             usual_seconds=told.usual_seconds,
+            address=(scope.get("client") or ("",))[0],
         )
 
     async def _answer(self, scope: Scope, error: Exception, response: "_Response", request_id: str) -> None:

@@ -81,7 +81,6 @@ class EmbedService:
             self._load_model,
             max_batch=settings.max_batch,
             run=lambda model, batch, _, is_abandoned: model.encode(batch, is_abandoned),
-            may_share=lambda left, right: True,
             cost=lambda item: item.tokens,
             max_cost=settings.max_batch_tokens,
         )
@@ -159,14 +158,14 @@ class EmbedService:
         model = self._engine.model
         item, is_halved = ready.item, False
         try:
-            vectors = await self._engine.generate(item, None, context.deadline)
+            vectors = await self._engine.generate(item, None, context.deadline, client=context.client)
         except OutOfMemory as error:
             if ready.data is None:
                 return _alone_or(error, is_alone)
             item, _ = await within(context.deadline, self._page(model, ready.data, is_halved=True))
             is_halved = True
             try:
-                vectors = await self._engine.generate(item, None, context.deadline)
+                vectors = await self._engine.generate(item, None, context.deadline, client=context.client)
             except OutOfMemory as again:
                 return _alone_or(again, is_alone)
         factor = ready.request.pool_factor

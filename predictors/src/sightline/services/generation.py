@@ -23,6 +23,9 @@ from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, U
 Model = TypeVar("Model", bound=GenerativeModel[Any])
 T = TypeVar("T")
 
+JOIN_COST = 16_384
+"""Tokens and patches of the prompts that are read in one go; a larger prompt goes alone."""
+
 Outcome = Completion | OutOfMemory
 """What became of one item of a call. An item that does not fit the device fails alone when others are in the call."""
 
@@ -40,7 +43,7 @@ class Generation(Generic[Model]):
         self.engine: HFEngine[Model, Any, Sampling, Generated] | VLLMEngine[Any] = (
             VLLMEngine(load, partial(vllm.connect, settings), sleep_seconds=settings.vllm_sleep_seconds)
             if settings is not None and settings.engine == "vllm"
-            else HFEngine(load, max_batch=max_batch)
+            else HFEngine(load, max_batch=max_batch, cost=lambda prompt: prompt.cost, max_cost=JOIN_COST)
         )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
 
@@ -105,13 +108,19 @@ class Generation(Generic[Model]):
 
     async def _generate(self, prompt: object, sampling: Sampling, context: Context) -> Generated:
         if not sampling.stop:
-            return await self.engine.generate(prompt, sampling, context.deadline)
+            return await self.engine.generate(prompt, sampling, context.deadline, client=context.client)
         async with aclosing(self._parts(prompt, sampling, context)) as parts:
             return [part async for part in parts if isinstance(part, Generated)][-1]
 
     async def _parts(self, prompt: object, sampling: Sampling, context: Context) -> AsyncGenerator[str | Generated]:
         pieces = Pieces(self.model.reader(), sampling.stop)
-        stream = self.engine.stream(prompt, sampling, context.deadline, is_enough=lambda: pieces.stopped_at is not None)
+        stream = self.engine.stream(
+            prompt,
+            sampling,
+            context.deadline,
+            is_enough=lambda: pieces.stopped_at is not None,
+            client=context.client,
+        )
         async with aclosing(stream) as parts:
             async for part in parts:
                 if isinstance(part, list):

@@ -7,15 +7,25 @@ Traps    MXFP4 weights are silently dequantised to 233.7 GB of bf16 where the ke
          The reasoning level is the model's own effort, a line in the system turn, not a prompt of ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
-from sightline.engines.hf import generate_tokens
+from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
+from sightline.engines.decoding import (
+    Decoder,
+    Prefilled,
+    Slots,
+    additive,
+    causal,
+    generate,
+    last_of,
+    layers_of,
+    padded,
+)
 from sightline.engines.text import Detokenizer
 from sightline.models.gpt_oss.harmony import Answer, HarmonyTokens, Reader, parse
 from sightline.models.loading import (
@@ -37,6 +47,11 @@ class Prompt:
 
     input_ids: torch.Tensor
 
+    @property
+    def cost(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
 
 class GptOss:
     """A loaded gpt-oss checkpoint."""
@@ -54,7 +69,6 @@ class GptOss:
         _refuse_dequantised(settings.model, self._model)
         self._tokens = harmony_tokens(self._tokenizer)
         self.repetition_penalty = repetition_penalty(self._model)
-        self._pad = int(self._tokenizer.pad_token_id or 0)
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
 
@@ -84,31 +98,59 @@ class GptOss:
         on_token: OnToken | None = None,
     ) -> list[Generated]:
         """Answer a batch; see `engines.base.GenerativeModel`."""
-        length = max(len(prompt.input_ids) for prompt in batch)
-        input_ids = torch.full((len(batch), length), self._pad, dtype=torch.int64)
-        mask = torch.zeros((len(batch), length), dtype=torch.int64)
-        for row, prompt in enumerate(batch):
-            input_ids[row, length - len(prompt.input_ids) :] = prompt.input_ids
-            mask[row, length - len(prompt.input_ids) :] = 1
-        device = self._model.device
-        rows = generate_tokens(
-            self._model,
-            {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)},
-            sampling,
-            is_abandoned,
-            on_token,
-            eos_token_ids=(self._tokens.return_, self._tokens.call),
-            pad_token_id=self._pad,
-        )
-        return [
-            Generated(ids, "stop" if stopped else "length", len(prompt.input_ids))
-            for prompt, (ids, stopped) in zip(batch, rows, strict=True)
-        ]
+        return generate(self, batch, sampling, is_abandoned, on_token)
+
+    def decoder(self) -> Decoder[Prompt]:
+        """An empty set of rows; see `engines.base.Decoder`."""
+        return Decoder(self)
+
+    # --- what the decoding loop needs, see `engines.decoding.Network` ---
 
     @property
     def stops(self) -> frozenset[int]:
-        """Tokens that end an answer."""
         return frozenset((self._tokens.return_, self._tokens.call))
+
+    def token_ids(self, prompt: Prompt) -> torch.Tensor:
+        return prompt.input_ids
+
+    def most_tokens(self, prompt: Prompt, sampling: Sampling) -> int:
+        return sampling.max_tokens
+
+    def result(self, prompt: Prompt, draft: Draft) -> Generated:
+        return Generated(tuple(draft.token_ids), draft.finish_reason, len(prompt.input_ids))
+
+    def see(self, prompts: Sequence[Prompt]) -> list[None]:
+        return [None] * len(prompts)
+
+    def prefill(self, prompts: Sequence[Prompt], seen: Sequence[None]) -> Prefilled:
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        ids = padded([prompt.input_ids for prompt in prompts]).to(self._model.device)
+        cache = DynamicCache()
+        hidden = self._model.model(
+            input_ids=ids,
+            attention_mask=self._masks(lambda window: causal(ids.shape[1], ids.device, window)),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return Prefilled(self._model.lm_head(last_of(hidden, lengths)), layers_of(cache), lengths, lengths)
+
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, slots: Slots) -> torch.Tensor:
+        hidden = self._model.model(
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None],
+            attention_mask=self._masks(lambda window: slots.seen(tokens.device, window)),
+            past_key_values=slots,
+            use_cache=True,
+        ).last_hidden_state
+        return self._model.lm_head(hidden[:, -1])
+
+    def _masks(self, seen: Callable[[int | None], torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        """By the kind of layer; attention with sinks takes numbers to add."""
+        window, dtype = int(self._model.config.sliding_window), self._model.dtype
+        return {
+            "full_attention": additive(seen(None), dtype),
+            "sliding_attention": additive(seen(window), dtype),
+        }
 
     def postprocess(self, generated: Generated) -> tuple[str | None, Answer]:
         """The final channel as text, or None when the model never came to one."""

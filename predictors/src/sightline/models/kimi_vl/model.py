@@ -15,10 +15,10 @@ from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
-from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
-from sightline.engines.hf import generate_tokens
+from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
+from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
 from sightline.images import scaled
@@ -60,6 +60,11 @@ class Prompt:
     image_grid_thw: torch.Tensor | None
     image_tokens: int
 
+    @property
+    def cost(self) -> int:
+        """Tokens and patches."""
+        return len(self.input_ids) + (0 if self.pixel_values is None else len(self.pixel_values))
+
 
 class KimiVL:
     """A loaded Kimi-VL checkpoint."""
@@ -93,8 +98,9 @@ class KimiVL:
         self._text: Any = copy.deepcopy(self._tokenizer.backend_tokenizer)
         self._text.encode_special_tokens = True  # control tokens in a text are text
         self._eos = _eos_token_ids(self._model, self._ids)
+        self._text_model: Any = self._model.model.language_model
+        self._image_token_id = int(self._model.config.image_token_id)
         self.repetition_penalty = repetition_penalty(self._model)
-        self._pad = int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos[0])
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype), bytes_per_dtype(self._model))
 
@@ -137,29 +143,69 @@ class KimiVL:
         on_token: OnToken | None = None,
     ) -> list[Generated]:
         """Answer a batch; see `engines.base.GenerativeModel`."""
-        rows = generate_tokens(
-            self._model,
-            self._collate(batch),
-            sampling,
-            is_abandoned,
-            on_token,
-            eos_token_ids=self._eos,
-            pad_token_id=self._pad,
-        )
-        return [
-            Generated(
-                token_ids=ids,
-                finish_reason="stop" if stopped else "length",
-                prompt_tokens=len(prompt.input_ids),
-                image_tokens=prompt.image_tokens,
-            )
-            for prompt, (ids, stopped) in zip(batch, rows, strict=True)
-        ]
+        return generate(self, batch, sampling, is_abandoned, on_token)
+
+    def decoder(self) -> Decoder[Prompt]:
+        """An empty set of rows; see `engines.base.Decoder`."""
+        return Decoder(self)
+
+    # --- what the decoding loop needs, see `engines.decoding.Network` ---
 
     @property
     def stops(self) -> frozenset[int]:
-        """Tokens that end an answer."""
         return frozenset(self._eos)
+
+    def token_ids(self, prompt: Prompt) -> torch.Tensor:
+        return prompt.input_ids
+
+    def most_tokens(self, prompt: Prompt, sampling: Sampling) -> int:
+        return sampling.max_tokens
+
+    def result(self, prompt: Prompt, draft: Draft) -> Generated:
+        return Generated(
+            token_ids=tuple(draft.token_ids),
+            finish_reason=draft.finish_reason,
+            prompt_tokens=len(prompt.input_ids),
+            image_tokens=prompt.image_tokens,
+        )
+
+    def see(self, prompts: Sequence[Prompt]) -> list[torch.Tensor | None]:
+        """For each prompt with images what stands in the places of its image tokens, (image tokens, D)."""
+        pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+        if not pixels:
+            return [None] * len(prompts)
+        grids = torch.cat([prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None])
+        found = self._model.model.get_image_features(
+            torch.cat(pixels).to(self._model.device), grids.to(self._model.device), return_dict=True
+        )
+        parts = iter(torch.cat(found.pooler_output).split([p.image_tokens for p in prompts if p.image_tokens]))
+        return [next(parts) if prompt.image_tokens else None for prompt in prompts]
+
+    def prefill(self, prompts: Sequence[Prompt], seen: Sequence[torch.Tensor | None]) -> Prefilled:
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        ids = padded([prompt.input_ids for prompt in prompts]).to(self._model.device)
+        places = padded([prompt.input_ids == self._image_token_id for prompt in prompts]).to(ids.device)
+        embedded = self._text_model.embed_tokens(ids.masked_fill(places, 0))
+        if images := [image for image in seen if image is not None]:
+            embedded[places] = torch.cat(images).to(embedded.device, embedded.dtype)
+        cache = DynamicCache()
+        hidden = self._text_model(  # causal, and padding comes last
+            inputs_embeds=embedded, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return Prefilled(self._model.lm_head(last_of(hidden, lengths)), layers_of(cache), lengths, lengths)
+
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, slots: Slots) -> torch.Tensor:
+        mask = slots.seen(tokens.device)
+        if mask is None:  # else transformers would ask the cache for its sizes
+            mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=tokens.device)
+        hidden = self._text_model(
+            inputs_embeds=self._text_model.embed_tokens(tokens[:, None]),
+            position_ids=positions[:, None],
+            attention_mask=mask,
+            past_key_values=slots,
+            use_cache=True,
+        ).last_hidden_state
+        return self._model.lm_head(hidden[:, -1])
 
     def postprocess(self, generated: Generated) -> str:
         """The text of an answer, control tokens removed, stripped."""
@@ -191,23 +237,6 @@ class KimiVL:
 
     def _encode(self, text: str) -> list[int]:
         return cast("list[int]", self._text.encode(text, add_special_tokens=False).ids)
-
-    def _collate(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Left-pad a batch to (B, T); patches of all images one after the other."""
-        length = max(len(prompt.input_ids) for prompt in batch)
-        ids = torch.full((len(batch), length), self._pad, dtype=torch.int64)
-        mask = torch.zeros((len(batch), length), dtype=torch.int64)
-        for row, prompt in enumerate(batch):
-            ids[row, length - len(prompt.input_ids) :] = prompt.input_ids
-            mask[row, length - len(prompt.input_ids) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        pixels = [prompt.pixel_values for prompt in batch if prompt.pixel_values is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.cat(pixels)
-            inputs["image_grid_thw"] = torch.cat(
-                [prompt.image_grid_thw for prompt in batch if prompt.image_grid_thw is not None]
-            )
-        return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
 
 
 def _scheme(settings: GenerateSettings, where: dict[str, Any]) -> Scheme:
