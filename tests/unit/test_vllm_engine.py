@@ -123,14 +123,12 @@ async def test_a_stream_ends_where_its_reader_has_enough() -> None:
     client = FakeClient([Step((8,), None)] * 5)
     client.let_go()
     engine = await started(client)
-    heard: list[int] = []
+    heard: list[list[int] | Generated] = []
 
     async for part in engine.stream(Prompt(), GREEDY, later(), is_enough=lambda: len(heard) >= 2):
-        if isinstance(part, list):
-            heard += part
-        else:
-            assert part.token_ids == (8, 8)
+        heard.append(part)
 
+    assert heard == [[8], [8], Generated((8, 8), "length", 3, 2)]
     assert client.events == ["submitted in steps", "aborted"]
     await engine.close()
 

@@ -59,7 +59,11 @@ class Both:
         self.engine = engine
         self.prompts = [hf.preprocess(picture(seed), "Describe this image.") for seed in range(12)]
         two = [("user", [picture(20), picture(21), "What is different?"])]
-        talk = [("user", [picture(22), "Describe this image."]), ("assistant", ["a star"]), ("user", ["And its color?"])]
+        talk = [
+            ("user", [picture(22), "Describe this image."]),
+            ("assistant", ["a star"]),
+            ("user", ["And its color?"]),
+        ]
         self.prompts += [hf.preprocess_chat(two), hf.preprocess_chat(talk)]  # type: ignore[list-item]
         self.answers = [self.answer(prompt) for prompt in self.prompts]
 

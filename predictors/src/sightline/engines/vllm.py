@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from sightline.engines.base import Generated, Runtime
-from sightline.engines.hf import MIN_TEMPERATURE
+from sightline.engines.decoding import MIN_TEMPERATURE
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter, Unavailable
 from sightline.settings import DescribeSettings, VisionSettings, VllmSettings, cpu_quota
 from sightline.wire import MAX_IMAGES_PER_PROMPT, Deadline, FinishReason, Sampling
@@ -178,8 +178,17 @@ class VLLMEngine(Generic[Model]):
         if self._client is not None:
             self._client.shut_down()  # not beside the loop: vLLM's reader on it would take this for a crash
 
-    async def generate(self, prepared: Any, options: Sampling, deadline: Deadline) -> Generated:  # noqa: ANN401
+    async def generate(
+        self,
+        prepared: Any,  # noqa: ANN401
+        options: Sampling,
+        deadline: Deadline,
+        *,
+        client: str = "",
+    ) -> Generated:
         """The answer to one prompt.
+
+        client  who asks: of no account here, as whoever was let in is answered in the order of arrival
 
         Cancelling the caller aborts it. Raises DeadlineExceeded (504), InvalidParameter (422), EngineDied and
         Unavailable (503).
@@ -194,6 +203,7 @@ class VLLMEngine(Generic[Model]):
         options: Sampling,
         deadline: Deadline,
         *,
+        client: str = "",
         is_enough: Callable[[], bool] = lambda: False,
     ) -> AsyncGenerator[list[int] | Generated]:
         """The new token ids as they are made, those that came together in one list, then the whole result.

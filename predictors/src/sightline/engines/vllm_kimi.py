@@ -31,7 +31,10 @@ class Processor(KimiVLMultiModalProcessor):
         return data
 
     def _get_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any  # noqa: ANN401
+        self,
+        mm_items: Any,  # noqa: ANN401
+        hf_processor_mm_kwargs: Mapping[str, Any],
+        out_mm_kwargs: Any,  # noqa: ANN401
     ) -> Sequence[Any]:
         token = self.info.image_token_id
         height, width = self.info.get_hf_config().vision_config.merge_kernel_size
