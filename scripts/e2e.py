@@ -185,7 +185,7 @@ def _test(options: argparse.Namespace, s3_image: str, *files: str) -> int:
     }
     with tempfile.NamedTemporaryFile(suffix=".xml") as times:
         tests = [f"tests/e2e/{file}" for file in files]
-        command = [sys.executable, "-m", "pytest", "-v", f"--junitxml={times.name}", *tests]
+        command = [sys.executable, "-m", "pytest", "-v", "--timeout=1800", f"--junitxml={times.name}", *tests]
         code = subprocess.run(command, cwd=ROOT, env=os.environ | ours, check=False).returncode
         TESTS.extend(report.tests(Path(times.name)))
     return code
