@@ -98,6 +98,15 @@ def without_weights(auto_class: Any, settings: EngineSettings) -> Any:  # noqa: 
     return model.eval()
 
 
+def repetition_penalty(model: Any) -> float:  # noqa: ANN401
+    """What the checkpoint's generation configuration says; 1 for none.
+
+    It is kept (Qwen2.5-VL ships 1.05), because the model was tuned with it; what else is there of sampling is the
+    request's to say.
+    """
+    return float(model.generation_config.repetition_penalty or 1)
+
+
 def _check_weights(name: str, info: dict[str, Any]) -> None:
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if keys := info.get(kind):
