@@ -51,6 +51,11 @@ def picture(seed: int) -> Image.Image:
     return draw(things, rng.choice(list(BACKGROUNDS.values())), width, height, rng)
 
 
+def engines() -> list[psutil.Process]:
+    """vLLM's processes; multiprocessing's own helper stays as long as this one."""
+    return [item for item in children(os.getpid()) if "resource_tracker" not in " ".join(item.cmdline())]
+
+
 class Both:
     """A front with its engine, and what `hf` answers."""
 
@@ -88,8 +93,9 @@ async def both() -> AsyncIterator[Both]:
     engine = VLLMEngine(partial(QwenVL, settings), partial(vllm.connect, settings))
     await engine.start()
     yield Both(hf, engine)
+    processes = engines()
     await engine.close()
-    wait_gone(children(os.getpid()))
+    wait_gone(processes)
 
 
 async def test_the_front_has_no_weights_and_makes_the_same_prompt(both: Both) -> None:
@@ -155,8 +161,8 @@ async def test_a_temperature_below_the_least_is_greedy(both: Both) -> None:
 async def test_the_checkpoints_repetition_penalty_is_kept(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     hf: Any = both.hf
     for model in (hf, both.engine.model):
-        monkeypatch.setattr(model, "repetition_penalty", 1.7)
-    monkeypatch.setattr(hf._model.generation_config, "repetition_penalty", 1.7)
+        monkeypatch.setattr(model, "repetition_penalty", 20.0)
+    monkeypatch.setattr(hf._model.generation_config, "repetition_penalty", 20.0)
     wanted = [both.answer(prompt) for prompt in both.prompts[:4]]
 
     made = await asyncio.gather(*(both.engine.generate(prompt, GREEDY, later()) for prompt in both.prompts[:4]))
@@ -200,11 +206,10 @@ async def test_the_end_of_its_process_is_told_at_once(both: Both) -> None:
     """The last of this file: there is no engine after it."""
     running = [asyncio.create_task(both.engine.generate(prompt, GREEDY, later())) for prompt in both.prompts]
     await asyncio.sleep(0.05)
-    processes = children(os.getpid())
+    processes = engines()
 
     for process in processes:
-        if process.name().startswith(("VLLM", "python")) and "resource_tracker" not in " ".join(process.cmdline()):
-            process.send_signal(psutil.signal.SIGKILL)
+        process.kill()
     made = await asyncio.gather(*running, return_exceptions=True)
 
     assert all(isinstance(item, EngineDied) or item in both.answers for item in made), made

@@ -8,6 +8,9 @@ from sightline.wire import FinishReason, ModelInfo, Sampling
 
 Prepared_contra = TypeVar("Prepared_contra", contravariant=True)
 
+MIN_TEMPERATURE = 1e-5
+"""Below this sampling is greedy, as in vLLM (_SAMPLING_EPS): scores divided by 1e-38 are infinite."""
+
 IsAbandoned = Callable[[int], bool]
 """Whether nobody waits for item i of the batch any more; asked between two tokens."""
 

@@ -22,8 +22,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from sightline.engines.base import Generated, Runtime
-from sightline.engines.decoding import MIN_TEMPERATURE
+from sightline.engines.base import MIN_TEMPERATURE, Generated, Runtime
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter, Unavailable
 from sightline.settings import DescribeSettings, VisionSettings, VllmSettings, cpu_quota
 from sightline.wire import MAX_IMAGES_PER_PROMPT, Deadline, FinishReason, Sampling
