@@ -77,9 +77,17 @@ accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, ov
 bench: .venv/.dev ## Our servers beside a naive one, stock KServe and vLLM, same checkpoints (ARGS="--only captioner --seeds 1")
 	@$(BIN)/python tests/bench/serving.py --write $(ARGS)
 
+.PHONY: scale
+scale: ## What 10, 1,000 and 100,000 images a minute need, into docs/scale.md
+	@$(PYTHON) scripts/scale.py
+
 .PHONY: bench-operator
 bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API server of its own (ARGS="--objects 100 --idle 30")
 	@$(BIN)/python tests/bench/operators.py $(ARGS)
+
+.PHONY: bench-fleet
+bench-fleet: .venv/.dev ## 1,000 pipelines and 200 batches on fake nodes, with a real control plane (ARGS="--pipelines 100 --batches 20")
+	@$(BIN)/python tests/bench/fleet.py --write $(ARGS)
 
 .PHONY: bench-batch
 bench-batch: .venv/.dev ## A batch of 100,000 beside the same calls from a bare loop; kills, resume, a million keys (ARGS="--items 20000")

@@ -8,7 +8,7 @@ from typing import Any
 from tests.operator.conftest import ApiServer
 
 LOCATION = "{{ .Group }}/{{ .ResourceKind }}-{{ .ResourceAPIVersion }}.json"
-"""Where kubeconform looks, below the folder."""
+"""Where kubeconform looks, below the folder. The group of Kubernetes' core is its version there."""
 REFERENCE = "#/components/schemas/"
 
 
@@ -26,7 +26,7 @@ def write_schemas(apiserver: ApiServer, kinds: set[tuple[str, str]], folder: Pat
             for name, schema in schemas.items():
                 for row in schema.get("x-kubernetes-group-version-kind", []):
                     if (row["group"], row["version"]) == (group, version) and (api_version, row["kind"]) in kinds:
-                        path = folder / group / f"{row['kind'].lower()}-{version}.json"
+                        path = folder / (group or version) / f"{row['kind'].lower()}-{version}.json"
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.write_text(json.dumps(standalone(name, schemas)))
                         written.add((api_version, row["kind"]))
