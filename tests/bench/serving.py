@@ -59,7 +59,7 @@ class Part:
     deadline: float
     rates: tuple[float, ...] = ()
     flags: tuple[str, ...] = ()
-    pool: int = 2000
+    pool: int = 1000
     roof: str | None = None
 
 
@@ -73,8 +73,8 @@ PARTS = [
          12, 30, flags=BATCHED, pool=200),
     Part("blip-base", "random/blip", "blip", 20, "scenes", ("naive", "ours-hf"), (1, 16), 12, 30,
          flags=("--dtype", "bfloat16", "--max-batch", "16"), pool=200, roof="bfloat16"),
-    Part("pages", "tiny/embed", "pages", 0, "scenes", ("naive", "ours-hf"), (1, 8, 32), 4, 1.0, pool=1500),
-    Part("queries", "tiny/embed", "queries", 0, "queries", ("naive", "ours-hf"), (1, 32), 4, 1.0, pool=1500),
+    Part("pages", "tiny/embed", "pages", 0, "scenes", ("naive", "ours-hf"), (1, 8, 32), 4, 1.0, pool=500),
+    Part("queries", "tiny/embed", "queries", 0, "queries", ("naive", "ours-hf"), (1, 32), 4, 1.0, pool=500),
     Part("pages-0.4b", "random/colqwen", "pages", 0, "scenes", ("naive", "ours-hf"), (1, 8), 8, 30, pool=200),
     Part("queries-0.4b", "random/colqwen", "queries", 0, "queries", ("naive", "ours-hf"), (1, 8), 5, 30, pool=400),
     Part("photographs", "tiny/describe", "captioner", 64, "photographs", ("naive", "ours-hf"), (1, 8), 5, 2.0,
