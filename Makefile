@@ -81,6 +81,10 @@ bench: .venv/.dev ## Our servers beside a naive one, stock KServe and vLLM, same
 scale: ## What 10, 1,000 and 100,000 images a minute need, into docs/scale.md
 	@$(PYTHON) scripts/scale.py
 
+.PHONY: bench-decode
+bench-decode: .venv/.dev ## A 12 MP photograph to model input beside plain PIL, and the pool beside an engine (ARGS="--rounds 3")
+	@$(BIN)/python tests/bench/decode.py --write $(ARGS)
+
 .PHONY: bench-operator
 bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API server of its own (ARGS="--objects 100 --idle 30")
 	@$(BIN)/python tests/bench/operators.py $(ARGS)

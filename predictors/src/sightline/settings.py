@@ -58,7 +58,13 @@ class ImageSettings(_Settings):
     max_pixels: int = Field(40_000_000, gt=0, description="Pixels of one decoded image, read from its header first.")
     min_side: int = Field(3, gt=0, description="Pixels of the shorter side.")
     max_aspect: float = Field(200, ge=1, description="Longer side over shorter side.")
-    decode_threads: int = Field(2, gt=0, description="Threads that decode images.")
+    decode_threads: int = Field(2, gt=0, description="Threads that decode images and prepare them for the model.")
+    jpeg_detail: float = Field(
+        1,
+        ge=0,
+        description="A JPEG is decoded at 1/2, 1/4 or 1/8 where this many times the pixels that the model reads are "
+        "left of each side. 2: closer to the whole picture, and slower; 0: always whole.",
+    )
 
     url_hosts: CommaSeparated = Field(
         (),

@@ -21,11 +21,9 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers.models.kimi_k25.image_processing_kimi_k25 import navit_resize
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from sightline.images import scaled
+from sightline.errors import InvalidParameter
+from sightline.images import Size, scaled
 from sightline.models.loading import LoadFailed
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +42,7 @@ class Pixels(Protocol):
     """How one checkpoint's images are prepared. Knows no weights, holds no state: safe in any thread or process."""
 
     def wanted(self, size: Size) -> Size:
-        """What a picture of this size is resized to. Raises ValueError for one that the model's rule refuses."""
+        """What a picture of this size is resized to. Raises InvalidParameter (422)."""
         ...
 
     def patches(self, image: Image.Image, size: Size | None = None) -> Patches:
@@ -116,9 +114,13 @@ class QwenPixels:
         return cls(Levels.of(processor), *(int(number) for number in (*shape, least, most)))
 
     def wanted(self, size: Size) -> Size:
-        height, width = smart_resize(
-            size[1], size[0], factor=self.side * self.merge, min_pixels=self.min_pixels, max_pixels=self.max_pixels
-        )
+        budget = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        try:
+            height, width = smart_resize(size[1], size[0], factor=self.side * self.merge, **budget)
+        except ValueError as error:  # one side is more than 200 times the other
+            raise InvalidParameter(
+                "An image of this shape cannot be shown to this model.", code="image_size_unsupported"
+            ) from error
         return width, height
 
     def patches(self, image: Image.Image, size: Size | None = None) -> Patches:

@@ -21,7 +21,7 @@ from sightline.errors import (
     SourceRefused,
     Unavailable,
 )
-from sightline.images import Decoder, Limits
+from sightline.images import Decoder
 from sightline.jobs.batches import Batches, BatchState
 from sightline.jobs.objects import open_store
 from sightline.services.base import (
@@ -104,7 +104,7 @@ class BlipService:
             self._load_model, max_batch=settings.max_batch, threads=settings.decode_threads
         )
         self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
+        self._decoder = Decoder.from_settings(settings)
         self._batches: Batches | None = None
         self._run: Run | None = None
 
@@ -150,8 +150,14 @@ class BlipService:
     async def _prompt(self, model: "Blip", request: CaptionRequest) -> "Prompt":
         data = await self._sources.fetch(request.image)
         side = DETAIL_KEPT * model.image_side
-        image = await self._decoder.decode(data, max_width=side, max_height=side)
-        return await self._generation.in_pool(lambda: model.preprocess(image, request.prefix))
+        pixels = model.pixels
+        return await self._decoder.prepare(
+            data,
+            pixels.wanted,
+            lambda picture: model.preprocess(pixels.patches(picture.image, picture.size), request.prefix),
+            max_width=side,
+            max_height=side,
+        )
 
     async def predict(self, prepared: _Prepared, context: Context) -> list[Completion]:
         model = self._generation.model

@@ -17,7 +17,7 @@ from fastapi import APIRouter
 from sightline import v2
 from sightline.engines.hf import HFEngine
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory, SightlineError, Unavailable
-from sightline.images import Decoder, Limits
+from sightline.images import Decoder, Picture
 from sightline.services import embed_openapi as openapi
 from sightline.services.base import Json, Run, demo_fields, instances_of, reject_unknown_inputs, together
 from sightline.services.embed_bodies import (
@@ -85,10 +85,8 @@ class EmbedService:
             max_cost=settings.max_batch_tokens,
         )
         self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
+        self._decoder = Decoder.from_settings(settings)
         self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="preprocess")
-        # A decoded page may be 120 MB: no more of them are alive than are being worked on.
-        self._pages = asyncio.Semaphore(settings.decode_threads)
 
     def _load_model(self) -> "ColQwen":
         from sightline.models.colqwen import ColQwen
@@ -142,13 +140,19 @@ class EmbedService:
     async def _page(
         self, model: "ColQwen", data: bytes, *, is_halved: bool = False, keeps_picture: bool = False
     ) -> tuple["Item", Any]:
-        async with self._pages:
-            image = await self._decoder.decode(data)
-            item = await self._in_pool(lambda: model.preprocess_page(image, is_halved=is_halved))
-            if keeps_picture:
-                image.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
-                return item, image
-            return item, None
+        """The page as the model takes it, and when asked for, as a picture to draw over."""
+        pixels = model.pixels
+        prepare = pixels.halved if is_halved else pixels.patches
+
+        def make(picture: Picture) -> "tuple[Item, Any]":
+            item = model.preprocess_page(prepare(picture.image, picture.size))
+            if not keeps_picture:
+                return item, None
+            picture.image.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+            return item, picture.image
+
+        # What is drawn over is seen by a person, so nothing of it may be left out.
+        return await self._decoder.prepare(data, None if keeps_picture else pixels.wanted, make)
 
     async def predict(self, prepared: _Prepared, context: Context) -> list[Outcome]:
         is_alone = len(prepared.items) == 1

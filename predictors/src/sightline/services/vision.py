@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory
-from sightline.images import Decoder, Limits
+from sightline.images import Decoder
 from sightline.services.base import s3_source, settled, together
 from sightline.services.generation import Generation, Outcome, completion, within
 from sightline.settings import VisionSettings
@@ -33,17 +33,19 @@ from sightline.wire import (
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from sightline.models.pixels import Patches, Pixels
 
 log = logging.getLogger("sightline.services")
 
-Message = tuple[Literal["system", "user", "assistant"], Sequence["str | Image.Image"]]
+Message = tuple[Literal["system", "user", "assistant"], Sequence["str | Patches"]]
 
 
 class VisionModel(GenerativeModel[Any], Protocol):
     """A model that reads images and text, such as `models.qwen_vl.QwenVL`."""
 
-    def preprocess_chat(self, messages: Sequence[Message], *, at_half: bool = False) -> Any: ...  # noqa: ANN401
+    @property
+    def pixels(self) -> "Pixels": ...
+    def preprocess_chat(self, messages: Sequence[Message]) -> Any: ...  # noqa: ANN401
     def postprocess(self, generated: Generated) -> str: ...
 
 
@@ -70,7 +72,7 @@ class Conversations(Generic[Model]):
             load, max_batch=settings.max_batch, threads=settings.decode_threads, settings=settings
         )
         self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
+        self._decoder = Decoder.from_settings(settings)
         self._max_width = max_width
 
     @property
@@ -167,16 +169,24 @@ class Conversations(Generic[Model]):
         model = self.model
         width = request.max_width or self._max_width
         sources = [source for turn in request.turns for source in turn.images]
-        pictures = iter(await together(self._picture(source, width) for source in sources))
+        seen = iter(await together(self._patches(source, width, at_half=at_half) for source in sources))
         messages: list[Message] = [
-            (turn.role, [part if isinstance(part, str) else next(pictures) for part in turn.parts])
+            (turn.role, [part if isinstance(part, str) else next(seen) for part in turn.parts])
             for turn in request.turns
         ]
-        return await self._generation.in_pool(lambda: model.preprocess_chat(messages, at_half=at_half))
+        return await self._generation.in_pool(lambda: model.preprocess_chat(messages))
 
-    async def _picture(self, source: ImageSource, width: int) -> "Image.Image":
+    async def _patches(self, source: ImageSource, width: int, *, at_half: bool) -> "Patches":
         data = await self._sources.fetch(source)
-        return await self._decoder.decode(data, max_width=width, max_height=2 * width)
+        pixels = self.model.pixels
+        make = pixels.halved if at_half else pixels.patches
+        return await self._decoder.prepare(
+            data,
+            pixels.wanted,
+            lambda picture: make(picture.image, picture.size),
+            max_width=width,
+            max_height=2 * width,
+        )
 
     def _finish(
         self, request: ChatRequest, generated: Generated, *, started: float, downscaled: bool = False
