@@ -1,4 +1,4 @@
-"""How much memory a model takes, by arithmetic on its shape: for `sightline fit`, the chart's profiles, a server's start."""
+"""How much memory a model takes, by arithmetic on its shape: for `sightline fit`, the chart and a server's start."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -107,7 +107,7 @@ class Decoder:
     cache          numbers that a full-attention layer keeps of a token, summed over the layers
     window_cache   the same of the layers that keep only `window` tokens
     cross_tokens   tokens of an encoder of which each sequence keeps `cross_cache` numbers
-    queries        heads x their width: what attention is as wide as
+    queries        heads x their width: what attention is as wide as, alive `copies` times at once
     wide           of each token, numbers alive at once inside the MLP, beside the hidden state
     """
 
@@ -123,6 +123,7 @@ class Decoder:
     window: int = 0
     cross_cache: int = 0
     cross_tokens: int = 0
+    copies: int = 5
     is_eager: bool = False
 
 
@@ -136,6 +137,7 @@ class Anatomy:
     exact        numbers that are float32 always
     schemes      in which a predictor here can hold it, the default first
     max_pixels   of one image, as its processor bounds them; None: text only
+    stored       the floating type of its file, and how it is quantised there, if it is
     """
 
     name: str
@@ -149,7 +151,9 @@ class Anatomy:
     tower: Tower | None
     schemes: tuple[Scheme, ...]
     max_pixels: int | None = None
-    projection: int = 0
+    stored_dtype: str = "bfloat16"
+    stored_scheme: str | None = None
+    is_demo: bool = False
 
     def weights(self, scheme: Scheme, dtype: str = "bfloat16") -> int:
         """Bytes of the weights. `dtype` is the type of what `scheme` does not quantise."""
@@ -325,9 +329,10 @@ def decoder_bytes(decoder: Decoder, rows: int, length: int, size: int) -> int:
     """Alive at once while `rows` prompts of `length` tokens are read: a layer, or the scores of the next token."""
     tokens = rows * length
     state = 2 * decoder.hidden * size + 4 * decoder.hidden
-    attention = tokens * (state + 5 * decoder.queries * size)
+    attention = tokens * (state + decoder.copies * decoder.queries * size)
     scores = rows * decoder.heads * length**2 * (2 * size + 4) if decoder.is_eager else 0
-    mask = rows * length**2 * (size if decoder.is_eager else 1)
+    masks = 1 + (decoder.window > 0)
+    mask = masks * rows * length**2 * (size if decoder.is_eager else 1)
     mlp = tokens * (state + decoder.wide * size)
     last = rows * decoder.vocabulary * (size + 8)
     return max(attention + scores, mlp, last) + mask

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from sightline.engines.base import IsAbandoned, OnToken
+from sightline.engines.health import MemoryHealth
 from sightline.errors import DeadlineExceeded, NotSupported, OutOfMemory, SightlineError, Unavailable
 from sightline.wire import Deadline, Sampling
 
@@ -98,6 +99,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         cost: Callable[[Prepared], int] | None = None,
         max_cost: int | None = None,
     ) -> None:
+        self.health = MemoryHealth()
         self._load = load
         self._max_batch = max_batch
         self._run_batch = run
@@ -263,6 +265,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         except Exception as error:
             self._fail(model, batch, error)
             return
+        self.health.succeeded()
         for item, result in settled:
             item.settle(result)
 
@@ -294,6 +297,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
             return
         fault: BaseException = error
         if is_out_of_memory:
+            self.health.ran_out()
             fault = OutOfMemory("This request needs more memory than the device has.")
             fault.__cause__ = error
         elif not isinstance(error, SightlineError):

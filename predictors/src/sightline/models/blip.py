@@ -82,6 +82,10 @@ class Blip:
         pixels: torch.Tensor = self._processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
         return Prompt(pixel_values=pixels, input_ids=torch.tensor([self._begin, *prefix_ids]))
 
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess(image)
+
     def generate(
         self,
         batch: Sequence[Prompt],

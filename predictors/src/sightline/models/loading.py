@@ -17,7 +17,14 @@ log = logging.getLogger("sightline.models")
 
 
 class LoadFailed(RuntimeError):
-    """The checkpoint cannot be served; the process exits, so that nobody gets answers of a half-loaded model."""
+    """The checkpoint cannot be served; the process exits, so that nobody gets answers of a half-loaded model.
+
+    reason  stable, one word: docs/self-checks.md
+    """
+
+    def __init__(self, message: str, *, reason: str = "checkpoint_unusable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +85,19 @@ def load_pretrained(
     return model.eval()
 
 
+_REASONS = {
+    "missing_keys": "weights_missing",
+    "mismatched_keys": "weights_mismatched",
+    "unexpected_keys": "weights_unexpected",
+    "error_msgs": "weights_unreadable",
+}
+
+
 def _check_weights(name: str, info: dict[str, Any]) -> None:
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if keys := info.get(kind):
             sample = ", ".join(sorted(str(key) for key in keys)[:5])
-            raise LoadFailed(f"{name}: {len(keys)} {kind.replace('_', ' ')}: {sample}")
+            raise LoadFailed(f"{name}: {len(keys)} {kind.replace('_', ' ')}: {sample}", reason=_REASONS[kind])
 
 
 def model_info(model: Any, settings: EngineSettings) -> ModelInfo:  # noqa: ANN401

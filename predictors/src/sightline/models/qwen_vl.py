@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from sightline import golden
 from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.engines.text import Detokenizer
@@ -112,6 +113,10 @@ class QwenVL:
             image_grid_thw=inputs["image_grid_thw"],
             image_tokens=image_tokens,
         )
+
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess(image, golden.PROMPT)
 
     def generate(
         self,

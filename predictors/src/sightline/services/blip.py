@@ -110,8 +110,9 @@ class BlipService:
 
     def _load_model(self) -> "Blip":
         from sightline.models.blip import Blip
+        from sightline.models.selfcheck import checked
 
-        return Blip(self._settings)
+        return checked(Blip, self._settings)
 
     async def load(self) -> None:
         store = open_store(

@@ -85,8 +85,9 @@ class DescribeService:
 
     def _load_model(self) -> "QwenVL":
         from sightline.models.qwen_vl import QwenVL
+        from sightline.models.selfcheck import checked
 
-        return QwenVL(self._settings)
+        return checked(QwenVL, self._settings)
 
     async def load(self) -> None:
         store = open_store(

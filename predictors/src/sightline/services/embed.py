@@ -93,8 +93,9 @@ class EmbedService:
 
     def _load_model(self) -> "ColQwen":
         from sightline.models.colqwen import ColQwen
+        from sightline.models.selfcheck import checked
 
-        return ColQwen(self._settings)
+        return checked(ColQwen, self._settings)
 
     async def load(self) -> None:
         await self._engine.start()

@@ -66,8 +66,9 @@ class EnhanceService:
 
     def _load_model(self) -> "GptOss":
         from sightline.models.gpt_oss.model import GptOss
+        from sightline.models.selfcheck import checked
 
-        return GptOss(self._settings)
+        return checked(GptOss, self._settings)
 
     async def load(self) -> None:
         await self._generation.start()

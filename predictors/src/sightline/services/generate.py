@@ -65,8 +65,9 @@ class GenerateService:
 
     def _load_model(self) -> "KimiVL":
         from sightline.models.kimi_vl.model import KimiVL
+        from sightline.models.selfcheck import checked
 
-        return KimiVL(self._settings)
+        return checked(KimiVL, self._settings)
 
     async def load(self) -> None:
         await self._conversations.start()

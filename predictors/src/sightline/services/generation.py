@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any, Generic, TypeVar
 
 from sightline.engines.base import Generated, GenerativeModel
+from sightline.engines.health import MemoryHealth
 from sightline.engines.hf import HFEngine
 from sightline.engines.text import Pieces
 from sightline.errors import DeadlineExceeded, OutOfMemory
@@ -36,6 +37,16 @@ class Generation(Generic[Model]):
     @property
     def model(self) -> Model:
         return self.engine.model
+
+    @property
+    def health(self) -> MemoryHealth:
+        return self.engine.health
+
+    async def try_again(self) -> None:
+        """Answer something small, for an engine that ran out of memory. Raises what the engine raises."""
+        model = self.model
+        prompt = await self.in_pool(lambda: model.trial(golden_picture()))
+        await self.engine.generate(prompt, Sampling(max_tokens=1), Deadline.after(TRIAL_DEADLINE))
 
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sightline import golden
 from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.hf import generate_tokens
 from sightline.engines.text import Detokenizer
@@ -115,6 +116,10 @@ class KimiVL:
         ids += self._speaker("assistant")
         check_length(self._model, len(ids))
         return Prompt(torch.tensor(ids), pixels, grids if images else None, sum(counts))
+
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess([image], golden.PROMPT)
 
     def generate(
         self,
