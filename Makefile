@@ -83,6 +83,7 @@ openapi: .venv/.dev ## Write docs/openapi/*.json, without loading a model
 .PHONY: manifests
 manifests: .venv/.dev ## Write manifests/{crd,rbac,rendered}, docs/operator and the chart's made parts from the operator's source
 	@$(BIN)/python scripts/manifests.py
+	@$(BIN)/python scripts/fits.py
 	@$(BIN)/python scripts/chart.py
 
 .PHONY: verify

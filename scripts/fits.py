@@ -9,7 +9,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "predictors" / "src")]
 
-from sightline.fit import Wish, estimates  # noqa: E402
+from sightline.fit import Wish, estimates, predictor_of  # noqa: E402
 from sightline.memory import FLOATS, MIB, PROFILES, Anatomy, Estimate, Profile  # noqa: E402
 from sightline.models.anatomy import anatomy_of  # noqa: E402
 from sightline.models.published import PUBLISHED  # noqa: E402
@@ -17,7 +17,8 @@ from sightline.models.published import PUBLISHED  # noqa: E402
 TARGET = ROOT / "charts" / "sightline" / "files" / "fits.yaml"
 HEAD = """\
 # Made by `make manifests` of `sightline fit`; do not edit. MiB of one GPU.
-# memory: what a GPU of a profile gives. needs: of a model, by its quantization; `one`: with one sequence at a time.
+# memory: what a GPU of a profile gives. default: how a predictor holds its weights when nothing is said.
+# needs: of a model, by its quantization; `one`: with one sequence at a time.
 """
 
 
@@ -32,7 +33,9 @@ def needs(anatomy: Anatomy) -> dict[str, Any]:
 def document() -> str:
     """The whole file."""
     memory = {name: profile.memory // MIB for name, profile in PROFILES.items() if profile.device == "cuda"}
-    made = {"memory": memory, "needs": {name: needs(anatomy_of(name)) for name in PUBLISHED}}
+    anatomies = [anatomy_of(name) for name in PUBLISHED]
+    default = {predictor_of(anatomy): _name_of(anatomy.schemes[0]) for anatomy in anatomies}
+    made = {"memory": memory, "default": default, "needs": {anatomy.name: needs(anatomy) for anatomy in anatomies}}
     return HEAD + yaml.safe_dump(made, sort_keys=False)
 
 
@@ -41,7 +44,11 @@ def _default_float(anatomy: Anatomy) -> str:
 
 
 def _name(made: Estimate) -> str:
-    return "none" if made.scheme in FLOATS else made.scheme
+    return _name_of(made.scheme)
+
+
+def _name_of(scheme: str) -> str:
+    return "none" if scheme in FLOATS else scheme
 
 
 def _mib(made: Estimate) -> int:

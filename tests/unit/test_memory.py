@@ -1,4 +1,4 @@
-"""The arithmetic of memory: against published counts, against the small checkpoints' files, and against measured peaks."""
+"""The arithmetic of memory: against published counts, against checkpoint files, and against measured peaks."""
 
 import json
 from collections.abc import Callable

@@ -87,6 +87,7 @@ class Tower:
     patch_values          numbers of one patch
     patch_side            its pixels
     merge                 patches of a side that become one token of the text model
+    copies                of the state that attention has alive at once
     is_eager              attention keeps its scores: memory grows with the square of the patches
     """
 
@@ -97,6 +98,7 @@ class Tower:
     patch_values: int
     patch_side: int
     merge: int
+    copies: int = 11
     is_eager: bool = False
 
 
@@ -314,14 +316,15 @@ def _pass_bytes(anatomy: Anatomy, rows: int, length: int, pixels: int, size: int
 def tower_bytes(tower: Tower, patches: int, images: int, size: int) -> int:
     """What is alive at once in a layer.
 
-    In attention the state twice, queries, keys and values, and these turned in float32; in the MLP the state twice and
-    what is `intermediate` wide. Eager attention keeps the scores of each image's patches.
+    In attention `copies` numbers for each of the state, some in float32 (fitted to what was measured: the state, its
+    norm, queries, keys and values, turned and cut into windows); in the MLP the state twice and what is `intermediate`
+    wide. Eager attention keeps the scores of each image's patches.
     """
-    attention = patches * tower.hidden * (6 * size + 4 * 4)
+    attention = patches * tower.hidden * (tower.copies * size + 10)
     mlp = patches * (2 * tower.hidden + tower.wide * tower.intermediate) * size
     scores = 0
     if tower.is_eager and images:
-        scores = tower.heads * (patches // images + 1) ** 2 * images * (size + 4 + size)
+        scores = tower.heads * (patches // images + 1) ** 2 * images * 2 * size
     return max(attention + scores, mlp)
 
 

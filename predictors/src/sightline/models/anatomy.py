@@ -182,6 +182,7 @@ def _tower(config: Any, kind: str) -> Tower | None:  # noqa: ANN401
         patch_values=3 * side * side * (int(vision.temporal_patch_size) if is_qwen else 1),
         patch_side=side,
         merge=int(merge[0] if isinstance(merge, (list, tuple)) else merge),
+        copies=16 if is_qwen else 11,
         is_eager=kind == "blip",
     )
 

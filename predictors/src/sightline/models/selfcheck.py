@@ -162,9 +162,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def refusing_network(*, is_offline: bool | None = None) -> Generator[None]:
-    """In offline mode (HF_HUB_OFFLINE), keep loading from the network; raise LoadFailed when it tried, even if it hid that.
+    """In offline mode (HF_HUB_OFFLINE), keep what loads off the network.
 
-    Raises LoadFailed (network_touched) at the end.
+    Raises LoadFailed (network_touched) at the end when it tried, even where a library hid that.
     """
     from huggingface_hub import constants
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from sightline import v2, web
+from sightline.engines.health import MemoryHealth
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -136,6 +137,15 @@ class BlipService:
         await self._generation.close()
         await self._sources.aclose()
         self._decoder.close()
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._generation.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._generation.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from sightline import v2
+from sightline.engines.health import MemoryHealth
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -104,6 +105,15 @@ class DescribeService:
         if self._runs is not None:
             await self._runs.close(self._settings.grace_seconds)
         await self._conversations.close()
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._conversations.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._conversations.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

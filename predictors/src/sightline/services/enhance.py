@@ -11,6 +11,7 @@ from fastapi import APIRouter
 
 from sightline import v2
 from sightline.engines.base import Generated
+from sightline.engines.health import MemoryHealth
 from sightline.errors import BadRequest, SightlineError
 from sightline.services.base import (
     Json,
@@ -75,6 +76,15 @@ class EnhanceService:
 
     async def close(self) -> None:
         await self._generation.close()
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._generation.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._generation.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import APIRouter, Request, Response
 
 from sightline import v2
+from sightline.engines.health import MemoryHealth
 from sightline.errors import BadRequest, InvalidParameter
 from sightline.services.base import (
     Json,
@@ -74,6 +75,15 @@ class GenerateService:
 
     async def close(self) -> None:
         await self._conversations.close()
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._conversations.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._conversations.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors: also how the weights are held, in bytes per dtype (B1).

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any, Generic, TypeVar
 
+from sightline import golden
 from sightline.engines.base import Generated, GenerativeModel
 from sightline.engines.health import MemoryHealth
 from sightline.engines.hf import HFEngine
@@ -19,6 +20,9 @@ from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, U
 
 Model = TypeVar("Model", bound=GenerativeModel[Any])
 T = TypeVar("T")
+
+TRIAL_SECONDS = 60.0
+"""For the small item that an engine is tried with after it ran out of memory."""
 
 Outcome = Completion | OutOfMemory
 """What became of one item of a call. An item that does not fit the device fails alone when others are in the call."""
@@ -45,8 +49,8 @@ class Generation(Generic[Model]):
     async def try_again(self) -> None:
         """Answer something small, for an engine that ran out of memory. Raises what the engine raises."""
         model = self.model
-        prompt = await self.in_pool(lambda: model.trial(golden_picture()))
-        await self.engine.generate(prompt, Sampling(max_tokens=1), Deadline.after(TRIAL_DEADLINE))
+        prompt = await self.in_pool(lambda: model.trial(golden.picture()))
+        await self.engine.generate(prompt, Sampling(max_tokens=1), Deadline.after(TRIAL_SECONDS))
 
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""

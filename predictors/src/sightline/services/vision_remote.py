@@ -45,6 +45,13 @@ class RemoteConversations:
         self.info = ModelInfo(self._model, "unknown")
         """Which model answers, as it last said."""
 
+    @property
+    def health(self) -> None:
+        """Its memory is its own affair."""
+
+    async def try_again(self) -> None:
+        """Nothing to try here."""
+
     def metadata(self) -> dict[str, Scalar]:
         """What is known without asking."""
         return {
