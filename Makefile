@@ -46,6 +46,10 @@ bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API se
 bench-batch: .venv/.dev ## A batch of 100,000 beside the same calls from a bare loop; kills, resume, a million keys (ARGS="--items 20000")
 	@$(BIN)/python tests/bench/batches.py --write $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: .venv/.dev ## Full-size models of random weights on an NVIDIA GPU beside its roofline; tiny ones without (ARGS="--graphs")
+	@$(BIN)/python tests/bench/gpu.py $(ARGS)
+
 .PHONY: conformance
 conformance: .venv/.dev ## The conformance table of our six models and of stock KServe, into docs/ and the README
 	@$(BIN)/python tests/conformance/table.py --write

@@ -267,3 +267,66 @@ def test_the_generated_files_are_up_to_date(tmp_path: Path):
     book = (CHART / "README.md").read_text()
     assert "<!--" not in book
     assert all(f"`{name}." in book or f"`{name}`" in book for name in values)
+
+
+GPU_PROFILES = ("gpu-1x24", "gpu-1x48", "gpu-1x80", "gpu-2x80")
+
+
+@pytest.fixture(scope="module")
+def fits() -> dict[str, Any]:
+    return yaml.safe_load((CHART / "files" / "fits.yaml").read_text())
+
+
+@pytest.mark.parametrize("profile", GPU_PROFILES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_profile_s_model_fits_it_as_sightline_fit_says(profile: str, kind: str, fits: dict[str, Any]):
+    """And its weights are those that the profile's sentence names."""
+    from sightline.fit import Wish, estimates
+    from sightline.memory import GIB, MIB, PROFILES
+    from sightline.models.anatomy import anatomy_of
+
+    profiles = yaml.safe_load((CHART / "files" / "profiles.yaml").read_text())
+    chosen = profiles[profile][kind]
+    anatomy = anatomy_of(chosen["model"])
+    way = chosen.get("quantization") or fits["default"][kind]
+    scheme = next(scheme for scheme in anatomy.schemes if scheme == way or (way == "none" and scheme[0] in "bf"))
+    (made,) = estimates(anatomy, PROFILES[profile], [scheme], Wish())
+    assert made.fits
+    assert fits["needs"][chosen["model"]][way]["usual"] == -(-made.total // MIB)
+    assert fits["memory"][profile] == PROFILES[profile].memory // MIB
+    said = " ".join(profiles[name]["fits"] for name in GPU_PROFILES)
+    assert f"{made.weights / GIB:.1f}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("profile=gpu-1x24,predictors.enhance.model=openai/gpt-oss-120b", "predictors.enhance: openai/gpt-oss-120b"),
+        ("profile=gpu-1x24,predictors.enhance.model=hf://openai/gpt-oss-120b", "needs 63"),
+        ("profile=gpu-1x24,predictors.generate.env.QUANTIZATION=none", "predictors.generate"),
+        ("profile=gpu-1x48,predictors.enhance.env.MAX_BATCH=1,predictors.enhance.model=openai/gpt-oss-120b", "22|44"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_profile_is_refused_before_anything_is_scheduled(words: str, named: str):
+    kind = words.partition("predictors.")[2].partition(".")[0]
+    done = helm(
+        "template",
+        "it",
+        str(CHART),
+        "--kube-version",
+        "1.35.0",
+        *KSERVE,
+        "--set",
+        words,
+        "--set",
+        f"predictors.{kind}.enabled=true",
+    )
+    assert done.returncode != 0
+    assert re.search(named, done.stderr)
+    assert "sightline fit" in done.stderr
+    assert rendered("--set", words)  # nobody asked for it: nothing to refuse
+
+
+def test_a_model_that_nobody_knows_is_the_user_s_own_affair():
+    words = "profile=gpu-1x24,predictors.describe.enabled=true,predictors.describe.model=somebody/else"
+    assert of(rendered("--set", words), "InferenceService")

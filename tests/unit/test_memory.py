@@ -89,6 +89,7 @@ def random_model(raw: dict[str, Any], dtype: torch.dtype) -> Any:
                 model = kind(AutoConfig.for_model(raw["model_type"], **fields))
     finally:
         torch.set_default_dtype(torch.float32)
+    model.tie_weights()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02) if parameter.numel() < 1e6 else parameter.data.fill_(0.01)
     return model.eval()

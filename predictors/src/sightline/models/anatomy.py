@@ -90,8 +90,10 @@ def empty(raw: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a PreTrainedModel
         if "ColQwen2_5" in raw.get("architectures", ()):
             model: Any = transformers.Qwen2_5_VLModel(config)  # what colpali_engine's class is, with a head of
             model.custom_text_proj = torch.nn.Linear(config.get_text_config().hidden_size, PROJECTION)
-            return model
-        return getattr(transformers, raw["architectures"][0])(config)
+        else:
+            model = getattr(transformers, raw["architectures"][0])(config)
+    model.tie_weights()
+    return model
 
 
 def _counted(model: Any, kind: str) -> tuple[Matrices, Matrices, int, int]:  # noqa: ANN401
