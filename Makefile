@@ -97,6 +97,10 @@ bench-fleet: .venv/.dev ## 1,000 pipelines and 200 batches on fake nodes, with a
 bench-batch: .venv/.dev ## A batch of 100,000 beside the same calls from a bare loop; kills, resume, a million keys (ARGS="--items 20000")
 	@$(BIN)/python tests/bench/batches.py --write $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: .venv/.dev ## Full-size models of random weights on an NVIDIA GPU beside its roofline; tiny ones without (ARGS="--graphs")
+	@$(BIN)/python tests/bench/gpu.py $(ARGS)
+
 .PHONY: conformance
 conformance: .venv/.dev ## The conformance table of our six models and of stock KServe, into docs/ and the README
 	@$(BIN)/python tests/conformance/table.py --write
@@ -134,6 +138,7 @@ openapi: .venv/.dev ## Write docs/openapi/*.json, without loading a model
 .PHONY: manifests
 manifests: .venv/.dev ## Write manifests/{crd,rbac,rendered}, docs/operator and the chart's made parts from the operator's source
 	@$(BIN)/python scripts/manifests.py
+	@$(BIN)/python scripts/fits.py
 	@$(BIN)/python scripts/chart.py
 
 .PHONY: verify

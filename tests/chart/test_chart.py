@@ -353,17 +353,6 @@ def test_what_is_not_known_is_not_judged(words: str):
     assert rendered(f"--set=profile=gpu-1x24,{words}")
 
 
-def test_the_weights_that_are_refused_by_are_those_that_the_profiles_name():
-    """One arithmetic: a profile's own models fit it, and each stands in the table."""
-    weights = yaml.safe_load((CHART / "files" / "weights.yaml").read_text())
-    profiles = yaml.safe_load((CHART / "files" / "profiles.yaml").read_text())
-    for name, profile in profiles.items():
-        for kind in MODELS:
-            if "model" in profile[kind]:
-                known = weights[profile[kind]["model"]]
-                assert known[profile[kind].get("quantization", "none")] * 1.2 <= int(name.rpartition("x")[2])
-
-
 def test_the_pipeline_s_own_pods_get_the_chart_s_scheduling():
     from sightline_operator.render import render_pipeline
     from sightline_operator.settings import RenderSettings
@@ -381,3 +370,66 @@ def test_the_pipeline_s_own_pods_get_the_chart_s_scheduling():
         assert pod["nodeSelector"] == {"pool": "large"}
         (cache,) = [item for item in pod["volumes"] if item["name"] == "cache"]
         assert cache == {"name": "cache", "persistentVolumeClaim": {"claimName": "it-sightline-cache"}}
+
+
+GPU_PROFILES = ("gpu-1x24", "gpu-1x48", "gpu-1x80", "gpu-2x80")
+
+
+@pytest.fixture(scope="module")
+def fits() -> dict[str, Any]:
+    return yaml.safe_load((CHART / "files" / "fits.yaml").read_text())
+
+
+@pytest.mark.parametrize("profile", GPU_PROFILES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_profile_s_model_fits_it_as_sightline_fit_says(profile: str, kind: str, fits: dict[str, Any]):
+    """And its weights are those that the profile's sentence names."""
+    from sightline.fit import Wish, estimates
+    from sightline.memory import GIB, MIB, PROFILES
+    from sightline.models.anatomy import anatomy_of
+
+    profiles = yaml.safe_load((CHART / "files" / "profiles.yaml").read_text())
+    chosen = profiles[profile][kind]
+    anatomy = anatomy_of(chosen["model"])
+    way = chosen.get("quantization") or fits["default"][kind]
+    scheme = next(scheme for scheme in anatomy.schemes if scheme == way or (way == "none" and scheme[0] in "bf"))
+    (made,) = estimates(anatomy, PROFILES[profile], [scheme], Wish())
+    assert made.fits
+    assert fits["needs"][chosen["model"]][way]["usual"] == -(-made.total // MIB)
+    assert fits["memory"][profile] == PROFILES[profile].memory // MIB
+    said = " ".join(profiles[name]["fits"] for name in GPU_PROFILES)
+    assert f"{made.weights / GIB:.1f}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("profile=gpu-1x24,predictors.enhance.model=openai/gpt-oss-120b", "predictors.enhance: openai/gpt-oss-120b"),
+        ("profile=gpu-1x24,predictors.enhance.model=hf://openai/gpt-oss-120b", "needs 63"),
+        ("profile=gpu-1x24,predictors.generate.env.QUANTIZATION=none", "predictors.generate"),
+        ("profile=gpu-1x48,predictors.enhance.env.MAX_BATCH=1,predictors.enhance.model=openai/gpt-oss-120b", "22|44"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_profile_is_refused_before_anything_is_scheduled(words: str, named: str):
+    kind = words.partition("predictors.")[2].partition(".")[0]
+    done = helm(
+        "template",
+        "it",
+        str(CHART),
+        "--kube-version",
+        "1.35.0",
+        *KSERVE,
+        "--set",
+        words,
+        "--set",
+        f"predictors.{kind}.enabled=true",
+    )
+    assert done.returncode != 0
+    assert re.search(named, done.stderr)
+    assert "sightline fit" in done.stderr
+    assert rendered("--set", words)  # nobody asked for it: nothing to refuse
+
+
+def test_a_model_that_nobody_knows_is_the_user_s_own_affair():
+    words = "profile=gpu-1x24,predictors.describe.enabled=true,predictors.describe.model=somebody/else"
+    assert of(rendered("--set", words), "InferenceService")

@@ -37,19 +37,19 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- end }}
 {{- end }}
 
-{{/* Refuses a model whose weights, and a sixth of the GPU beside them, are more than the profile's GPUs have. Takes root, key (its
-place in the values), model, bits (empty: what the predictor chooses, so the fewest) and gpus. */}}
+{{/* Refuses a model that is known and does not fit the profile's GPUs, by `sightline fit`. Takes root, key (its place in the
+values), kind, model, bits (empty: what the predictor chooses), gpus, and isAlone: only one sequence must fit. */}}
 {{- define "sightline.fits" -}}
-{{- $known := get (.root.Files.Get "files/weights.yaml" | fromYaml) .model | default dict }}
-{{- $needed := 0.0 }}
-{{- if .bits }}
-{{- $needed = get $known .bits | default 0.0 }}
-{{- else if $known }}
-{{- $needed = get $known "8bit" | default (get $known "none") }}
+{{- $fits := .root.Files.Get "files/fits.yaml" | fromYaml }}
+{{- $way := .bits }}
+{{- if or (not $way) (eq $way "auto") }}{{ $way = get $fits.default .kind }}{{ end }}
+{{- $memory := mul (get $fits.memory .root.Values.profile | default 0) (int .gpus) }}
+{{- $needs := get (get $fits.needs .model | default dict) $way | default dict }}
+{{- if and $needs $memory }}
+{{- $need := int (ternary $needs.one $needs.usual .isAlone) }}
+{{- if gt $need (int $memory) }}
+{{- fail (printf "%s: %s (%s) needs %.1f GiB and does not fit profile %s, whose GPUs have %.1f for it: take a larger profile, another model, fewer bits or a smaller MAX_BATCH; `sightline fit` shows what there is" .key .model $way (divf $need 1024) .root.Values.profile (divf $memory 1024)) }}
 {{- end }}
-{{- $has := mulf (regexFind "[0-9]+$" .root.Values.profile | float64) (float64 .gpus) }}
-{{- if gt (mulf (float64 $needed) 1.2) $has }}
-{{- fail (printf "%s: %s (%.1f GiB of weights%s) does not fit profile %s, %v GiB of which a sixth stays free: choose a larger profile or another model" .key .model (float64 $needed) (ternary (printf ", quantization %s" .bits) "" (ne .bits "")) .root.Values.profile $has) }}
 {{- end }}
 {{- end }}
 

@@ -11,6 +11,7 @@ import typer
 from sightline.conformance.command import conformance
 from sightline.fit import fit
 from sightline.jobs.command import batch
+from sightline.trial import self_check
 
 app = typer.Typer(
     help="Vision-language models as KServe predictors, and the caption→enhance pipeline.",
@@ -122,6 +123,7 @@ def render(context: typer.Context) -> None:
 
 app.command()(conformance)
 app.command()(fit)
+app.command("self-check", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(self_check)
 app.add_typer(batch, name="batch")
 
 

@@ -1,4 +1,4 @@
-"""How much memory a model takes, by arithmetic on its shape: for `sightline fit`, the chart's profiles, a server's start."""
+"""How much memory a model takes, by arithmetic on its shape: for `sightline fit`, the chart and a server's start."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ MXFP4_BLOCK = 32
 
 CUDA_OVERHEAD = int(1.0 * GIB)
 """What a GPU's driver context, cuBLAS' workspaces and the allocator's rounding take. Assumed: no GPU was at hand."""
-CPU_OVERHEAD = int(0.75 * GIB)
-"""What a server takes in main memory beside its model. Measured: 0.55 to 0.7 GiB, docs/fit.md."""
+CPU_OVERHEAD = int(0.9 * GIB)
+"""What a server takes in main memory beside its model: servers of the small models had 0.57 to 0.86 GiB resident."""
 
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(K|M|G|T)?(i)?B?\s*", re.IGNORECASE)
 
@@ -87,6 +87,7 @@ class Tower:
     patch_values          numbers of one patch
     patch_side            its pixels
     merge                 patches of a side that become one token of the text model
+    copies                of the state that attention has alive at once
     is_eager              attention keeps its scores: memory grows with the square of the patches
     """
 
@@ -97,6 +98,7 @@ class Tower:
     patch_values: int
     patch_side: int
     merge: int
+    copies: int = 11
     is_eager: bool = False
 
 
@@ -107,7 +109,7 @@ class Decoder:
     cache          numbers that a full-attention layer keeps of a token, summed over the layers
     window_cache   the same of the layers that keep only `window` tokens
     cross_tokens   tokens of an encoder of which each sequence keeps `cross_cache` numbers
-    queries        heads x their width: what attention is as wide as
+    queries        heads x their width: what attention is as wide as, alive `copies` times at once
     wide           of each token, numbers alive at once inside the MLP, beside the hidden state
     """
 
@@ -123,6 +125,7 @@ class Decoder:
     window: int = 0
     cross_cache: int = 0
     cross_tokens: int = 0
+    copies: int = 5
     is_eager: bool = False
 
 
@@ -136,6 +139,7 @@ class Anatomy:
     exact        numbers that are float32 always
     schemes      in which a predictor here can hold it, the default first
     max_pixels   of one image, as its processor bounds them; None: text only
+    stored       the floating type of its file, and how it is quantised there, if it is
     """
 
     name: str
@@ -149,7 +153,9 @@ class Anatomy:
     tower: Tower | None
     schemes: tuple[Scheme, ...]
     max_pixels: int | None = None
-    projection: int = 0
+    stored_dtype: str = "bfloat16"
+    stored_scheme: str | None = None
+    is_demo: bool = False
 
     def weights(self, scheme: Scheme, dtype: str = "bfloat16") -> int:
         """Bytes of the weights. `dtype` is the type of what `scheme` does not quantise."""
@@ -310,14 +316,15 @@ def _pass_bytes(anatomy: Anatomy, rows: int, length: int, pixels: int, size: int
 def tower_bytes(tower: Tower, patches: int, images: int, size: int) -> int:
     """What is alive at once in a layer.
 
-    In attention the state twice, queries, keys and values, and these turned in float32; in the MLP the state twice and
-    what is `intermediate` wide. Eager attention keeps the scores of each image's patches.
+    In attention `copies` numbers for each of the state, some in float32 (fitted to what was measured: the state, its
+    norm, queries, keys and values, turned and cut into windows); in the MLP the state twice and what is `intermediate`
+    wide. Eager attention keeps the scores of each image's patches.
     """
-    attention = patches * tower.hidden * (6 * size + 4 * 4)
+    attention = patches * tower.hidden * (tower.copies * size + 10)
     mlp = patches * (2 * tower.hidden + tower.wide * tower.intermediate) * size
     scores = 0
     if tower.is_eager and images:
-        scores = tower.heads * (patches // images + 1) ** 2 * images * (size + 4 + size)
+        scores = tower.heads * (patches // images + 1) ** 2 * images * 2 * size
     return max(attention + scores, mlp)
 
 
@@ -325,9 +332,10 @@ def decoder_bytes(decoder: Decoder, rows: int, length: int, size: int) -> int:
     """Alive at once while `rows` prompts of `length` tokens are read: a layer, or the scores of the next token."""
     tokens = rows * length
     state = 2 * decoder.hidden * size + 4 * decoder.hidden
-    attention = tokens * (state + 5 * decoder.queries * size)
+    attention = tokens * (state + decoder.copies * decoder.queries * size)
     scores = rows * decoder.heads * length**2 * (2 * size + 4) if decoder.is_eager else 0
-    mask = rows * length**2 * (size if decoder.is_eager else 1)
+    masks = 1 + (decoder.window > 0)
+    mask = masks * rows * length**2 * (size if decoder.is_eager else 1)
     mlp = tokens * (state + decoder.wide * size)
     last = rows * decoder.vocabulary * (size + 8)
     return max(attention + scores, mlp, last) + mask

@@ -175,6 +175,18 @@ class EngineSettings(ServerSettings):
     )
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: from the CPU quota.")
     max_batch: int = Field(8, gt=0, description="Waiting requests that may share one forward pass.")
+    self_checks: Literal["on", "off"] = Field(
+        "on", description="Checks of memory, weights and answers at start, docs/self-checks.md; a failed one ends it."
+    )
+    golden_file: Path | None = Field(
+        None, description="What the model makes of a fixed picture; default: sightline_golden.json beside its weights."
+    )
+    profile_memory: Literal["auto", "on", "off"] = Field(
+        "auto", description="Run the largest allowed image at start and log the peak; auto: on GPUs."
+    )
+    max_out_of_memory: int = Field(
+        3, gt=0, description="Items in a row without memory after which the server is not ready, until one succeeds."
+    )
 
 
 class VllmSettings(EngineSettings):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sightline.wire import FinishReason, ModelInfo, Sampling
 
@@ -136,6 +136,10 @@ class GenerativeModel(Protocol[Prepared_contra]):
         on_token: OnToken | None = None,
     ) -> Sequence[Generated]:
         """One result for each item, in order, the same alone or in any company; the engine lets others join instead."""
+        ...
+
+    def trial(self, image: Any) -> Any:  # noqa: ANN401 - a PIL image; what `generate` takes
+        """A short prompt about an image, prepared, to try the model with."""
         ...
 
     def reader(self) -> TextReader:

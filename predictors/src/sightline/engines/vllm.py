@@ -134,6 +134,11 @@ class VLLMEngine(Generic[Model]):
         return self._model
 
     @property
+    def health(self) -> None:
+        """Of the device's memory, which is vLLM's to keep."""
+        return None
+
+    @property
     def fault(self) -> str | None:
         """Why no request can be answered any more, or None."""
         is_dead = self._client is not None and not self._is_closing and self._client.is_dead()

@@ -70,6 +70,9 @@ def _anatomy(name: str, text: str, max_pixels: int | None) -> Anatomy:
         tower=_tower(model.config, kind),
         schemes=_SCHEMES[kind],
         max_pixels=max_pixels,
+        stored_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
+        stored_scheme=raw.get("quantization_config", {}).get("quant_method"),
+        is_demo=bool(raw.get("sightline_demo_model")),
     )
 
 
@@ -87,8 +90,10 @@ def empty(raw: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a PreTrainedModel
         if "ColQwen2_5" in raw.get("architectures", ()):
             model: Any = transformers.Qwen2_5_VLModel(config)  # what colpali_engine's class is, with a head of
             model.custom_text_proj = torch.nn.Linear(config.get_text_config().hidden_size, PROJECTION)
-            return model
-        return getattr(transformers, raw["architectures"][0])(config)
+        else:
+            model = getattr(transformers, raw["architectures"][0])(config)
+    model.tie_weights()
+    return model
 
 
 def _counted(model: Any, kind: str) -> tuple[Matrices, Matrices, int, int]:  # noqa: ANN401
@@ -142,7 +147,7 @@ def _decoder(config: Any, kind: str) -> Decoder | None:  # noqa: ANN401
         shape["queries"] = heads * max(int(text.qk_nope_head_dim + text.qk_rope_head_dim), int(text.v_head_dim))
         routed = int(text.num_experts_per_tok) * 3 * int(text.moe_intermediate_size)
         shape["wide"] = max(shape["wide"], routed + int(text.num_experts_per_tok) * int(text.hidden_size))
-        return Decoder(**shape, cache=layers * int(text.kv_lora_rank + text.qk_rope_head_dim))
+        return Decoder(**shape, copies=8, cache=layers * int(text.kv_lora_rank + text.qk_rope_head_dim))
     each = 2 * int(text.num_key_value_heads) * width
     if kind == "colqwen":
         shape["vocabulary"] = 0
@@ -150,7 +155,7 @@ def _decoder(config: Any, kind: str) -> Decoder | None:  # noqa: ANN401
     if kind == "gpt_oss":
         windowed = sum(kind == "sliding_attention" for kind in text.layer_types)
         chosen = int(text.num_experts_per_tok)
-        shape["wide"] = chosen * (4 * int(text.intermediate_size) + 2 * int(text.hidden_size))
+        shape["wide"] = chosen * (10 * int(text.intermediate_size) + 4 * int(text.hidden_size))
         return Decoder(
             **shape,
             cache=(layers - windowed) * each,
@@ -179,6 +184,7 @@ def _tower(config: Any, kind: str) -> Tower | None:  # noqa: ANN401
         patch_values=3 * side * side * (int(vision.temporal_patch_size) if is_qwen else 1),
         patch_side=side,
         merge=int(merge[0] if isinstance(merge, (list, tuple)) else merge),
+        copies=16 if is_qwen else 11,
         is_eager=kind == "blip",
     )
 

@@ -100,6 +100,10 @@ class Blip:
         patches = image if isinstance(image, Patches) else self.pixels.patches(image)
         return Prompt(pixel_values=patches.values, input_ids=torch.tensor([self._begin, *prefix_ids]))
 
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess(image)
+
     def generate(
         self,
         batch: Sequence[Prompt],

@@ -163,6 +163,10 @@ class ColQwen:
         is_own = (self.preprocess_query("a").input_ids != token).nonzero()[:, 0]
         return self.preprocess_query("a").tokens - int(is_own[-1]) - 1
 
+    def trial(self, image: Image.Image) -> Item:
+        """A page, for the checks at start and after memory ran out."""
+        return self.preprocess_page(image)
+
     # --- forward ---
 
     def encode(self, batch: Sequence[Item], is_abandoned: IsAbandoned = lambda index: False) -> list[Any]:
@@ -228,7 +232,9 @@ class ColQwen:
             if np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > 1e-2:
                 raise LoadFailed("the model returns vectors of no length: some of its weights are zero")
         if np.abs(seen - flat).max() < 1e-4:
-            raise LoadFailed("the model ignores mm_token_type_ids: image positions would be wrong")
+            raise LoadFailed(
+                "the model ignores mm_token_type_ids: image positions would be wrong", reason="positions_dropped"
+            )
         return Golden.of(said, seen)
 
 

@@ -18,7 +18,14 @@ log = logging.getLogger("sightline.models")
 
 
 class LoadFailed(RuntimeError):
-    """The checkpoint cannot be served; the process exits, so that nobody gets answers of a half-loaded model."""
+    """The checkpoint cannot be served; the process exits, so that nobody gets answers of a half-loaded model.
+
+    reason  stable, one word: docs/self-checks.md
+    """
+
+    def __init__(self, message: str, *, reason: str = "checkpoint_unusable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +114,19 @@ def repetition_penalty(model: Any) -> float:  # noqa: ANN401
     return float(model.generation_config.repetition_penalty or 1)
 
 
+_REASONS = {
+    "missing_keys": "weights_missing",
+    "mismatched_keys": "weights_mismatched",
+    "unexpected_keys": "weights_unexpected",
+    "error_msgs": "weights_unreadable",
+}
+
+
 def _check_weights(name: str, info: dict[str, Any]) -> None:
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if keys := info.get(kind):
             sample = ", ".join(sorted(str(key) for key in keys)[:5])
-            raise LoadFailed(f"{name}: {len(keys)} {kind.replace('_', ' ')}: {sample}")
+            raise LoadFailed(f"{name}: {len(keys)} {kind.replace('_', ' ')}: {sample}", reason=_REASONS[kind])
 
 
 def model_info(model: Any, settings: EngineSettings) -> ModelInfo:  # noqa: ANN401

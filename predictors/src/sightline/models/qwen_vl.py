@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from sightline import golden
 from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
 from sightline.engines.text import Detokenizer
@@ -135,6 +136,10 @@ class QwenVL:
             raise InternalError("The model would not have seen the image.", code="image_not_seen")
         pairs = zip(counts, behind, strict=True)
         return before + "".join(self._image_token * count + rest for count, rest in pairs)
+
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess(image, golden.PROMPT)
 
     def generate(
         self,

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, cast
 
 from kserve import Model
 
+from sightline.engines.health import MemoryHealth
 from sightline.errors import NotSupported, QueueFull, Unavailable
 from sightline.server import metrics
-from sightline.services.base import ChatService, Service
+from sightline.services.base import ChatService, OwnsMemory, Service
 from sightline.services.blip import BlipService
 from sightline.services.describe import DescribeService
 from sightline.services.embed import EmbedService
@@ -23,6 +24,7 @@ from sightline.settings import (
     BlipSettings,
     DescribeSettings,
     EmbedSettings,
+    EngineSettings,
     EnhanceSettings,
     GenerateSettings,
     PipelineSettings,
@@ -96,6 +98,9 @@ class PredictorModel(Model):
         self.has_loaded = False
         self._admission = Admission(settings.queue_size)
         self._loading: asyncio.Task[None] | None = None
+        self._trial: asyncio.Task[None] | None = None
+        if self._health is not None and isinstance(settings, EngineSettings):
+            self._health.limit = settings.max_out_of_memory
 
     def load(self) -> bool:
         """KServe calls this on the event loop when a model is not healthy; loading is under way already."""
@@ -122,18 +127,41 @@ class PredictorModel(Model):
     async def shut_down(self) -> None:
         """Called once, after the last request was answered."""
         self.has_loaded = False
-        if self._loading is not None and not self._loading.done():
-            self._loading.cancel()
+        for task in (self._loading, self._trial):
+            if task is not None and not task.done():
+                task.cancel()
         await self.service.close()
 
     async def healthy(self) -> bool:
-        """Whether requests can be answered."""
-        return self.has_loaded and self.fault is None
+        """Whether requests can be answered; asking finds out whether memory that ran out is there again."""
+        health = self._health
+        if self.has_loaded and health is not None and health.wants_trial():
+            self._trial = asyncio.create_task(self._try_again())
+        return self.unready is None
+
+    @property
+    def unready(self) -> str | None:
+        """Why requests cannot be answered, in one stable word; None when they can."""
+        if not self.has_loaded:
+            return "loading"
+        if self.fault is not None:
+            return "engine_dead"
+        return "out_of_memory" if self._health is not None and self._health.is_exhausted else None
 
     @property
     def fault(self) -> str | None:
         """Why no request can be answered any more, such as the end of the engine's process; None for most services."""
         return cast("str | None", getattr(self.service, "fault", None))
+
+    @property
+    def _health(self) -> MemoryHealth | None:
+        return self.service.health if isinstance(self.service, OwnsMemory) else None
+
+    async def _try_again(self) -> None:
+        try:
+            await cast("OwnsMemory", self.service).try_again()
+        except Exception as error:
+            log.warning("still not ready model=%s reason=out_of_memory: %s", self.name, error)
 
     def validate(self, payload: Any) -> Any:  # noqa: ANN401 - KServe's signature
         """Our bodies were checked when they were parsed."""

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from sightline import v2, web
+from sightline.engines.health import MemoryHealth
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -110,8 +111,9 @@ class BlipService:
 
     def _load_model(self) -> "Blip":
         from sightline.models.blip import Blip
+        from sightline.models.selfcheck import checked
 
-        return Blip(self._settings)
+        return checked(Blip, self._settings)
 
     async def load(self) -> None:
         store = open_store(
@@ -135,6 +137,15 @@ class BlipService:
         await self._generation.close()
         await self._sources.aclose()
         self._decoder.close()
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._generation.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._generation.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

@@ -14,7 +14,8 @@ import numpy as np
 import orjson
 from fastapi import APIRouter
 
-from sightline import v2
+from sightline import golden, v2
+from sightline.engines.health import MemoryHealth
 from sightline.engines.hf import HFEngine
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory, SightlineError, Unavailable
 from sightline.images import Decoder, Picture
@@ -37,10 +38,10 @@ from sightline.services.embed_bodies import (
 )
 from sightline.services.embed_routes import EmbedRoutes
 from sightline.services.encodings import Vectors
-from sightline.services.generation import within
+from sightline.services.generation import TRIAL_SECONDS, within
 from sightline.settings import EmbedSettings
 from sightline.sources import Sources, parse_source
-from sightline.wire import Context, ImageSource, Usage
+from sightline.wire import Context, Deadline, ImageSource, Usage
 
 if TYPE_CHECKING:
     from sightline.models.colqwen import ColQwen, Item
@@ -90,8 +91,9 @@ class EmbedService:
 
     def _load_model(self) -> "ColQwen":
         from sightline.models.colqwen import ColQwen
+        from sightline.models.selfcheck import checked
 
-        return ColQwen(self._settings)
+        return checked(ColQwen, self._settings)
 
     async def load(self) -> None:
         await self._engine.start()
@@ -101,6 +103,17 @@ class EmbedService:
         await self._sources.aclose()
         self._decoder.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def health(self) -> MemoryHealth:
+        """Of the device's memory."""
+        return self._engine.health
+
+    async def try_again(self) -> None:
+        """Embed something small; see `MemoryHealth.wants_trial`."""
+        model = self._engine.model
+        item = await self._in_pool(lambda: model.trial(golden.picture()))
+        await self._engine.generate(item, None, Deadline.after(TRIAL_SECONDS))
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

@@ -9,8 +9,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from sightline import golden
 from sightline.engines import vllm
 from sightline.engines.base import Generated, GenerativeModel
+from sightline.engines.health import MemoryHealth
 from sightline.engines.hf import HFEngine
 from sightline.engines.text import Pieces
 from sightline.engines.vllm import VLLMEngine
@@ -25,6 +27,8 @@ T = TypeVar("T")
 
 JOIN_COST = 16_384
 """Tokens and patches of the prompts that are read in one go; a larger prompt goes alone."""
+TRIAL_SECONDS = 60.0
+"""For the small item that an engine is tried with after it ran out of memory."""
 
 Outcome = Completion | OutOfMemory
 """What became of one item of a call. An item that does not fit the device fails alone when others are in the call."""
@@ -55,6 +59,16 @@ class Generation(Generic[Model]):
     def fault(self) -> str | None:
         """Why no request can be answered any more, or None."""
         return self.engine.fault
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        return self.engine.health
+
+    async def try_again(self) -> None:
+        """Answer something small, for an engine that ran out of memory. Raises what the engine raises."""
+        model = self.model
+        prompt = await self.in_pool(lambda: model.trial(golden.picture()))
+        await self.engine.generate(prompt, Sampling(max_tokens=1), Deadline.after(TRIAL_SECONDS))
 
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""

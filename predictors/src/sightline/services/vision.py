@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from sightline.engines.base import Generated, GenerativeModel
+from sightline.engines.health import MemoryHealth
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory
 from sightline.images import Decoder
 from sightline.services.base import s3_source, settled, together
@@ -79,6 +80,14 @@ class Conversations(Generic[Model]):
     def model(self) -> Model:
         """The loaded model. Raises Unavailable (503) before it is there."""
         return self._generation.model
+
+    @property
+    def health(self) -> MemoryHealth:
+        return self._generation.health
+
+    async def try_again(self) -> None:
+        """See `Generation.try_again`."""
+        await self._generation.try_again()
 
     @property
     def info(self) -> ModelInfo:

@@ -47,6 +47,13 @@ class RemoteConversations:
         self.fault: str | None = None
         """Nothing is given up for good: the breaker asks again."""
 
+    @property
+    def health(self) -> None:
+        """Its memory is its own affair."""
+
+    async def try_again(self) -> None:
+        """Nothing to try here."""
+
     def metadata(self) -> dict[str, Scalar]:
         """What is known without asking."""
         return {

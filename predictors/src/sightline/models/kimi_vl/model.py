@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from sightline import golden
 from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
 from sightline.engines.text import Detokenizer
@@ -136,6 +137,10 @@ class KimiVL:
             return Prompt(torch.tensor(ids), None, None, 0)
         pixels, grids = torch.cat([image.values for image in images]), torch.cat([image.grid for image in images])
         return Prompt(torch.tensor(ids), pixels, grids, sum(counts))
+
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess([image], golden.PROMPT)
 
     def generate(
         self,
