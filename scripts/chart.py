@@ -31,6 +31,21 @@ REFERENCE = {
     "additionalProperties": False,
     "dependentRequired": {"name": ["key"], "key": ["name"]},
 }
+AUTOSCALING = {
+    "properties": {
+        "maxReplicas": {"type": "integer", "minimum": 1},
+        "targetPercent": {"type": "integer", "minimum": 1, "maximum": 100},
+        "itemsInFlight": {"type": "integer", "minimum": 1},
+        "prometheus": {"type": "string", "pattern": "^https?://"},
+    },
+    "additionalProperties": False,
+    "dependentRequired": {
+        "targetPercent": ["maxReplicas"],
+        "itemsInFlight": ["maxReplicas", "prometheus"],
+        "prometheus": ["itemsInFlight"],
+    },
+    "dependentSchemas": {"itemsInFlight": {"properties": {"targetPercent": False}}},
+}
 RULES: dict[str, dict[str, Any]] = {
     "profile": {"enum": ["cpu", "gpu-1x24", "gpu-1x48", "gpu-1x80", "gpu-2x80"]},
     "imagePullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
@@ -45,14 +60,9 @@ RULES: dict[str, dict[str, Any]] = {
     "models.tokenSecretRef": REFERENCE,
     "models.loadSeconds": {"minimum": 10},
     "models.sharedMemory": {"pattern": "^[0-9]+(Mi|Gi)$"},
-    "models.autoscaling": {
-        "properties": {
-            "maxReplicas": {"type": "integer", "minimum": 1},
-            "targetPercent": {"type": "integer", "minimum": 1, "maximum": 100},
-        },
-        "additionalProperties": False,
-        "dependentRequired": {"targetPercent": ["maxReplicas"]},
-    },
+    "models.autoscaling": AUTOSCALING,
+    "models.cache.size": {"pattern": "^([0-9]+(Mi|Gi|Ti))?$"},
+    "models.cache.accessMode": {"enum": ["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]},
     "apiKey.existingSecret": NAME,
     "apiKey.key": {"minLength": 1},
     "pipeline.name": {**NAME, "minLength": 1, "maxLength": 40},
@@ -64,10 +74,10 @@ RULES: dict[str, dict[str, Any]] = {
     "operator.affinity": ANYTHING,
     **{f"predictors.{name}.replicas": {"minimum": 0} for name in PREDICTORS},
     **{f"predictors.{name}.resources": RESOURCES for name in PREDICTORS},
-    **{
-        f"predictors.{name}.env": {"additionalProperties": {"type": ["string", "number", "boolean"]}}
-        for name in PREDICTORS
-    },
+    **{f"predictors.{name}.autoscaling": AUTOSCALING for name in PREDICTORS},
+    **{f"predictors.{name}.nodeSelector": STRINGS for name in PREDICTORS},
+    **{f"predictors.{name}.tolerations": OBJECTS for name in PREDICTORS},
+    **{f"predictors.{name}.env": VARIABLES for name in PREDICTORS},
 }
 """What a value's type does not say."""
 

@@ -151,7 +151,7 @@ class Bench:
         tell(f"{self.namespace}: restarted")
 
     async def change(self) -> None:
-        """Fifty specs a second get another number of replicas: until each is looked at, and its Deployment has it."""
+        """So many specs a second get another number of replicas: until each is looked at, and its Deployment has it."""
         count = min(self.options.objects, self.options.changes)
         sent: dict[str, float] = {}
         watching = asyncio.create_task(self.changed(count, sent))
@@ -159,7 +159,7 @@ class Bench:
         start = time.monotonic()
         pending: list[asyncio.Task[Any]] = []
         for number in range(count):
-            await asyncio.sleep(max(0.0, start + number / 50 - time.monotonic()))
+            await asyncio.sleep(max(0.0, start + number / self.options.rate - time.monotonic()))
             sent[f"p{number}"] = time.monotonic()
             spec = {"gateway": {"replicas": 2, "auth": {"none": True}}}
             pending.append(asyncio.create_task(self.client.apply(pipeline(f"p{number}", self.namespace, **spec))))
@@ -260,9 +260,8 @@ def table(results: dict[str, dict[str, float]], options: argparse.Namespace) -> 
         cells = ["–" if value is None else f"{value:,.1f}" if value % 1 else f"{value:,.0f}" for value in values]
         lines.append(f"| {text} | {' | '.join(cells)} |")
     cores, load = os.cpu_count(), os.getloadavg()[0]
-    lines.append(
-        f"\nIdle for {options.idle} s; {options.changes} changes at 50/s; {cores} cores, load {load:.1f} at the end."
-    )
+    changes = f"{options.changes} changes at {options.rate:g}/s"
+    lines.append(f"\nIdle for {options.idle} s; {changes}; {cores} cores, load {load:.1f} at the end.")
     return "\n".join(lines)
 
 
@@ -270,6 +269,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--objects", type=int, default=1000)
     parser.add_argument("--changes", type=int, default=500)
+    parser.add_argument("--rate", type=float, default=50, help="changes a second")
     parser.add_argument("--idle", type=int, default=300)
     parser.add_argument("--only", choices=["sightline", "kopf"])
     parser.add_argument("--json", type=Path, help="figures also there")

@@ -5,7 +5,6 @@ helm is taken from PATH; without it these are skipped, loudly.
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.chart.tools import needs
 from tests.conftest import ROOT
 
 CHART = ROOT / "charts" / "sightline"
@@ -20,7 +20,7 @@ SHAPES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART
 MODELS = ("describe", "generate", "embed", "enhance", "blip")
 KSERVE = ("--api-versions", "serving.kserve.io/v1beta1")
 
-needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not on PATH: the chart is NOT tested")
+needs_helm = needs("helm")
 pytestmark = needs_helm
 
 Manifest = dict[str, Any]
@@ -30,11 +30,15 @@ def helm(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["helm", *words], capture_output=True, text=True, check=False, timeout=120)
 
 
-def rendered(*words: str, include_crds: bool = False) -> list[Manifest]:
-    crds = ["--include-crds"] if include_crds else []
-    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", "-n", "vision", *crds, *KSERVE, *words)
+def helm_template(*words: str, release: str = "it") -> str:
+    done = helm("template", release, str(CHART), "--kube-version", "1.35.0", "-n", "vision", *KSERVE, *words)
     assert done.returncode == 0, done.stderr
-    return [item for item in yaml.safe_load_all(done.stdout) if item]
+    return done.stdout
+
+
+def rendered(*words: str, include_crds: bool = False, release: str = "it") -> list[Manifest]:
+    crds = ["--include-crds"] if include_crds else []
+    return [item for item in yaml.safe_load_all(helm_template(*crds, *words, release=release)) if item]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -200,6 +204,12 @@ def test_a_pipeline_is_one_that_its_own_types_take():
         ("imagePrefix=images.example", "imagePrefix"),
         ("models.image=", "image"),
         ("pipeline.name=Not_A_Name", "name"),
+        ("models.autoscaling.itemsInFlight=4", "prometheus"),
+        ("models.autoscaling.targetPercent=50", "maxReplicas"),
+        ("models.cache.size=much", "size"),
+        ("models.cache.accessMode=Any", "accessMode"),
+        ("predictors.blip.autoscaling.max=3", "autoscaling"),
+        ("predictors.blip.enabled=true,predictors.blip.replicas=0,models.autoscaling.maxReplicas=3", "blip.replicas"),
         ("kueue.localQueue=batches", "kueue.clusterQueue"),
         ("pipeline.enabled=true,pipeline.name=it-sightline", "pipeline.name"),
     ],
@@ -211,10 +221,34 @@ def test_a_wrong_value_is_refused_by_its_name(words: str, named: str):
 
 
 def test_a_cluster_without_kserve_is_told_what_to_install():
-    words = ("--set=operator.enabled=false", "--set=predictors.blip.enabled=true")
-    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *words)
+    """`v1/Pod` is what Helm knows of a cluster that it asked; offline it knows none, and the operator can wait."""
+    on = "--set=predictors.blip.enabled=true"
+    for words in (["--set=operator.enabled=false", on], [on, "--api-versions", "v1/Pod"]):
+        done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *words)
+        assert done.returncode != 0
+        assert "kserve-crd" in done.stderr
+    assert helm("template", "it", str(CHART), "--kube-version", "1.35.0", on).returncode == 0
+    assert rendered(on, "--api-versions", "v1/Pod")
+
+
+def test_a_cluster_without_keda_is_told_what_to_install():
+    there = ("--api-versions", "v1/Pod", "-f", str(SHAPES["scaled"]))
+    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *KSERVE, *there)
     assert done.returncode != 0
-    assert "kserve-crd" in done.stderr
+    assert "needs KEDA" in done.stderr
+    assert of(rendered(*there, "--api-versions", "keda.sh/v1alpha1"), "ScaledObject")
+
+
+def test_keda_scales_by_a_metric_that_the_predictors_have():
+    from sightline.server import metrics
+
+    (scaled,) = of(rendered("-f", str(SHAPES["scaled"])), "ScaledObject").values()
+    service = of(rendered("-f", str(SHAPES["scaled"])), "InferenceService")["it-sightline-generate"]
+    assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
+    assert scaled["spec"]["scaleTargetRef"]["name"] == f"{service['metadata']['name']}-predictor"
+    (trigger,) = scaled["spec"]["triggers"]
+    asked = set(re.findall(r"sightline_\w+", trigger["metadata"]["query"]))
+    assert asked == {"sightline_items_in_flight"} <= _names(metrics)
 
 
 def test_every_alert_has_its_runbook_and_every_runbook_its_alert():
@@ -267,3 +301,135 @@ def test_the_generated_files_are_up_to_date(tmp_path: Path):
     book = (CHART / "README.md").read_text()
     assert "<!--" not in book
     assert all(f"`{name}." in book or f"`{name}`" in book for name in values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_renders_to_its_golden_file(shape: str):
+    from tests.chart.golden import FOLDER, golden_of
+
+    kept = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert kept == set(SHAPES)
+    old, new = ((FOLDER / f"{shape}.yaml").read_text(), golden_of(shape))
+    assert list(yaml.safe_load_all(new)) == list(yaml.safe_load_all(old)), "meant? `python -m tests.chart.golden`"
+
+
+@needs("helm-unittest")
+def test_the_chart_s_own_unit_tests_pass():
+    done = subprocess.run(
+        ["helm-unittest", "--strict", str(CHART)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"Tests: +[1-9][0-9]+ passed", done.stdout), done.stdout
+
+
+GIVEN = "predictors.generate.enabled=true"
+TOO_LARGE = [
+    (f"{GIVEN},predictors.generate.env.QUANTIZATION=none", "predictors.generate"),
+    ("predictors.enhance.enabled=true,predictors.enhance.model=openai/gpt-oss-120b", "predictors.enhance"),
+    ("pipeline.enabled=true,pipeline.spec.enhance.inferenceService.model.name=openai/gpt-oss-120b", "pipeline.spec"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), TOO_LARGE)
+def test_a_model_that_no_gpu_of_the_profile_holds_is_refused_before_anything_is_scheduled(words: str, named: str):
+    done = helm("template", "it", str(CHART), "--kube-version", "1.35.0", *KSERVE, "--set", f"profile=gpu-1x24,{words}")
+    assert done.returncode != 0
+    assert named in done.stderr
+    assert "does not fit profile gpu-1x24" in done.stderr
+    roomy = "gpu-1x48" if "generate" in words else "gpu-1x80"
+    assert rendered(f"--set=profile={roomy},{words}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{GIVEN},predictors.generate.model=moonshotai/Kimi-VL-A3B-Instruct",  # on GPUs in 8 bits by itself
+        f"{GIVEN},predictors.generate.model=my/own",
+        "predictors.describe.enabled=true,predictors.describe.model=s3://weights/huge",
+        "pipeline.enabled=true,pipeline.spec.caption.inferenceService.model.uri=s3://weights/huge",
+    ],
+)
+def test_what_is_not_known_is_not_judged(words: str):
+    assert rendered(f"--set=profile=gpu-1x24,{words}")
+
+
+def test_the_pipeline_s_own_pods_get_the_chart_s_scheduling():
+    from sightline_operator.render import render_pipeline
+    from sightline_operator.settings import RenderSettings
+
+    (pipeline,) = of(rendered("-f", str(SHAPES["scaled"])), "VisionPipeline").values()
+    pipeline["metadata"]["namespace"] = "vision"
+    services = of(
+        list(render_pipeline(pipeline, RenderSettings(), frozenset({"InferenceService"}))), "InferenceService"
+    )
+    assert len(services) == 2
+    for service in services.values():
+        pod = service["spec"]["predictor"]
+        assert pod["runtimeClassName"] == "nvidia"
+        assert pod["priorityClassName"] == "sightline-serving"
+        assert pod["nodeSelector"] == {"pool": "large"}
+        (cache,) = [item for item in pod["volumes"] if item["name"] == "cache"]
+        assert cache == {"name": "cache", "persistentVolumeClaim": {"claimName": "it-sightline-cache"}}
+
+
+GPU_PROFILES = ("gpu-1x24", "gpu-1x48", "gpu-1x80", "gpu-2x80")
+
+
+@pytest.fixture(scope="module")
+def fits() -> dict[str, Any]:
+    return yaml.safe_load((CHART / "files" / "fits.yaml").read_text())
+
+
+@pytest.mark.parametrize("profile", GPU_PROFILES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_profile_s_model_fits_it_as_sightline_fit_says(profile: str, kind: str, fits: dict[str, Any]):
+    """And its weights are those that the profile's sentence names."""
+    from sightline.fit import Wish, estimates
+    from sightline.memory import GIB, MIB, PROFILES
+    from sightline.models.anatomy import anatomy_of
+
+    profiles = yaml.safe_load((CHART / "files" / "profiles.yaml").read_text())
+    chosen = profiles[profile][kind]
+    anatomy = anatomy_of(chosen["model"])
+    way = chosen.get("quantization") or fits["default"][kind]
+    scheme = next(scheme for scheme in anatomy.schemes if scheme == way or (way == "none" and scheme[0] in "bf"))
+    (made,) = estimates(anatomy, PROFILES[profile], [scheme], Wish())
+    assert made.fits
+    assert fits["needs"][chosen["model"]][way]["usual"] == -(-made.total // MIB)
+    assert fits["memory"][profile] == PROFILES[profile].memory // MIB
+    said = " ".join(profiles[name]["fits"] for name in GPU_PROFILES)
+    assert f"{made.weights / GIB:.1f}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("profile=gpu-1x24,predictors.enhance.model=openai/gpt-oss-120b", "predictors.enhance: openai/gpt-oss-120b"),
+        ("profile=gpu-1x24,predictors.enhance.model=hf://openai/gpt-oss-120b", "needs 63"),
+        ("profile=gpu-1x24,predictors.generate.env.QUANTIZATION=none", "predictors.generate"),
+        ("profile=gpu-1x48,predictors.enhance.env.MAX_BATCH=1,predictors.enhance.model=openai/gpt-oss-120b", "22|44"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_profile_is_refused_before_anything_is_scheduled(words: str, named: str):
+    kind = words.partition("predictors.")[2].partition(".")[0]
+    done = helm(
+        "template",
+        "it",
+        str(CHART),
+        "--kube-version",
+        "1.35.0",
+        *KSERVE,
+        "--set",
+        words,
+        "--set",
+        f"predictors.{kind}.enabled=true",
+    )
+    assert done.returncode != 0
+    assert re.search(named, done.stderr)
+    assert "sightline fit" in done.stderr
+    assert rendered("--set", words)  # nobody asked for it: nothing to refuse
+
+
+def test_a_model_that_nobody_knows_is_the_user_s_own_affair():
+    words = "profile=gpu-1x24,predictors.describe.enabled=true,predictors.describe.model=somebody/else"
+    assert of(rendered("--set", words), "InferenceService")

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-PATIENCE_SECONDS = 900
+PATIENCE_SECONDS = float(os.environ.get("E2E_PATIENCE", "900"))
 RELEASE = "sightline"
 PIPELINE = "captions"
 """As in values.yaml of the chart."""
@@ -38,7 +38,7 @@ class Cluster:
 
     def kubectl(self, *words: str, stdin: str | None = None, check: bool = True) -> str:
         command = ["kubectl", "--namespace", self.namespace, *words]
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=180)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=300)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 

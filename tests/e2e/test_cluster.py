@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -27,9 +29,13 @@ def helm(*words: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def model_pods(cluster: Cluster) -> set[str]:
-    pods = cluster.all("pods", f"sightline.dev/pipeline={PIPELINE},app.kubernetes.io/component in (caption,enhance)")
+def pipeline_pods(cluster: Cluster, parts: str = "caption,enhance,gateway") -> set[str]:
+    pods = cluster.all("pods", f"sightline.dev/pipeline={PIPELINE},app.kubernetes.io/component in ({parts})")
     return {pod["metadata"]["uid"] for pod in pods if "deletionTimestamp" not in pod["metadata"]}
+
+
+def model_pods(cluster: Cluster) -> set[str]:
+    return pipeline_pods(cluster, "caption,enhance")
 
 
 def caption(gateway: httpx.Client, **fields: Any) -> httpx.Response:
@@ -39,7 +45,7 @@ def caption(gateway: httpx.Client, **fields: Any) -> httpx.Response:
 # --- every model -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def five(cluster: Cluster) -> Iterator[None]:
     """All five predictors of the chart, beside the pipeline's own two."""
     small = {"requests": {"cpu": "50m", "memory": "768Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
@@ -50,35 +56,84 @@ def five(cluster: Cluster) -> Iterator[None]:
     helm(*words, "--set-json", f"predictors={json.dumps({name: {'enabled': False} for name in on})}")
 
 
-@pytest.mark.parametrize(
-    ("model", "given", "said"),
-    [
-        ("describe", {"image": [red_circle()]}, "text"),
-        ("generate", {"prompt": [b"What is this?"], "image": [red_circle()]}, "text"),
-        ("embed", {"image": [red_circle()]}, "vectors"),
-        ("enhance", {"text": [b"a large red circle on a white background"]}, "text"),
-        ("blip", {"image": [red_circle()]}, "text"),
-    ],
-)
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a model over V2, and the same by the route of its own contract."""
+
+    tensors: dict[str, list[bytes]]
+    output: str
+    path: str
+    body: dict[str, Any]
+    answer: Callable[[Any], object]
+    """The part of the contract's answer that must be there."""
+
+
+WORDS = "a large red circle on a white background"
+FIVE = {
+    "describe": Asked(
+        {"image": [red_circle()]},
+        "text",
+        "/api/v1/run",
+        {"files": {"image": red_circle()}},
+        lambda said: said["status"] == "COMPLETED" and RED_CIRCLE in said["output"]["data"],
+    ),
+    "generate": Asked(
+        {"prompt": [b"What is shown here?"], "image": [red_circle()]},
+        "text",
+        "/generate/image",
+        {"files": {"images": red_circle()}, "data": {"prompt": "What is shown here?", "temperature": "0"}},
+        lambda said: RED_CIRCLE in said["output"],
+    ),
+    "embed": Asked(
+        {"image": [red_circle()]},
+        "vectors",
+        "/embed/images",
+        {"files": {"files": red_circle()}},
+        lambda said: 0 < said["embeddings"][0]["image_patch_len"] <= len(said["embeddings"][0]["embedding"]),
+    ),
+    "enhance": Asked(
+        {"text": [WORDS.encode()]},
+        "text",
+        "/v1/chat/completions",
+        {"json": {"model": "enhance", "messages": [{"role": "user", "content": WORDS}]}},
+        lambda said: "circle" in said["choices"][0]["message"]["content"],
+    ),
+    "blip": Asked(
+        {"image": [red_circle()]},
+        "text",
+        "/caption",
+        {"files": {"image": red_circle()}},
+        lambda said: RED_CIRCLE in said["caption"],
+    ),
+}
+
+
 @pytest.mark.usefixtures("five")
-def test_each_of_the_five_answers_by_triton_s_client(
-    model: str, given: dict[str, list[bytes]], said: str, cluster: Cluster, api_key: str
-):
-    name = f"{RELEASE}-{model}"
-    cluster.until(lambda: cluster.condition("isvc", name, "Ready").get("status") == "True", f"{model} is Ready")
-    with cluster.forwarded(f"service/{name}-predictor", 80) as url:
-        client = triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=180, connection_timeout=60)
-        headers = {"X-API-Key": api_key}
-        declared = {item["name"] for item in client.get_model_metadata(model, headers=headers)["inputs"]}
-        tensors = []
-        for tensor, values in given.items():
-            assert tensor in declared, declared
-            tensors.append(triton.InferInput(tensor, [len(values)], "BYTES"))
-            tensors[-1].set_data_from_numpy(array(values, dtype=object_), binary_data=True)
-        answer = client.infer(model, tensors, headers=headers).as_numpy(said)
-        assert answer.size > 0
-        if model in {"describe", "blip"}:
-            assert "red circle" in answer[0].decode()
+class TestEach:
+    @pytest.mark.parametrize("model", FIVE)
+    def test_of_the_five_answers_its_contract_and_v2_by_triton_s_client(
+        self, model: str, cluster: Cluster, api_key: str
+    ):
+        asked, name, headers = FIVE[model], f"{RELEASE}-{model}", {"X-API-Key": api_key}
+        cluster.until(lambda: cluster.condition("isvc", name, "Ready").get("status") == "True", f"{model} is Ready")
+        with cluster.forwarded(f"service/{name}-predictor", 80) as url:
+            client = triton.InferenceServerClient(
+                url.removeprefix("http://"), network_timeout=180, connection_timeout=60
+            )
+            declared = {item["name"] for item in client.get_model_metadata(model, headers=headers)["inputs"]}
+            tensors = []
+            for tensor, values in asked.tensors.items():
+                assert tensor in declared, declared
+                tensors.append(triton.InferInput(tensor, [len(values)], "BYTES"))
+                tensors[-1].set_data_from_numpy(array(values, dtype=object_), binary_data=True)
+            own = dict(headers)  # it writes into it
+            answer = client.infer(model, tensors, headers=own).as_numpy(asked.output)
+            assert answer.size > 0
+            if model in {"describe", "generate", "blip"}:
+                assert RED_CIRCLE in answer[0].decode()
+            response = httpx.post(url + asked.path, headers=headers, timeout=180, trust_env=False, **asked.body)
+            assert response.status_code == 200, response.text
+            assert asked.answer(response.json()), response.text[:1000]
 
 
 # --- what anybody breaks ---------------------------------------------------------------------------------------------
@@ -102,28 +157,50 @@ def test_what_is_deleted_or_changed_comes_back(cluster: Cluster):
     assert model_pods(cluster) == before
 
 
-def test_another_operator_restarts_no_model(cluster: Cluster):
-    before = model_pods(cluster)
-    deployment = cluster.all("deployments", "app.kubernetes.io/name=sightline-operator")[0]["metadata"]["name"]
-    cluster.kubectl("rollout", "restart", f"deployment/{deployment}")
-    cluster.kubectl("rollout", "status", f"deployment/{deployment}", "--timeout=300s")
-    pods = cluster.all("pods", "app.kubernetes.io/name=sightline-operator")
-    new = next(pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"])
-    cluster.until(lambda: "leading" in cluster.kubectl("logs", new), "the new one leads", 120)
-    assert cluster.condition("vpipe", PIPELINE, "Ready")["status"] == "True"
-    assert model_pods(cluster) == before
+def test_an_upgrade_of_the_operator_and_the_way_back_restart_no_pod(cluster: Cluster):
+    """The other tag has an operator's image only: a pod of a model or gateway with it could not even be pulled."""
+    before = pipeline_pods(cluster)
+    for tag in (os.environ["E2E_NEXT_TAG"], os.environ["E2E_TAG"]):
+        helm("upgrade", RELEASE, str(CHART), "-n", cluster.namespace, "--reuse-values", "--set", f"imageTag={tag}")
+        deployment = cluster.all("deployments", "app.kubernetes.io/name=sightline-operator")[0]
+        assert deployment["spec"]["template"]["spec"]["containers"][0]["image"].endswith(f":{tag}")
+        cluster.kubectl("rollout", "status", f"deployment/{deployment['metadata']['name']}", "--timeout=300s")
+        pods = cluster.all("pods", "app.kubernetes.io/name=sightline-operator")
+        new = next(
+            pod["metadata"]["name"]
+            for pod in pods
+            if "deletionTimestamp" not in pod["metadata"] and pod["spec"]["containers"][0]["image"].endswith(f":{tag}")
+        )
+        cluster.until(lambda: "leading" in cluster.kubectl("logs", new), "the new one leads", 120)  # noqa: B023
+        # It looks at everything once it leads, and a Service that comes back shows that it has.
+        cluster.kubectl("delete", "service", f"{PIPELINE}-gateway")
+        cluster.until(lambda: cluster.get("service", f"{PIPELINE}-gateway"), "the new one works", 120)
+        assert cluster.condition("vpipe", PIPELINE, "Ready")["status"] == "True"
+        assert pipeline_pods(cluster) == before
 
 
 def test_without_the_enhancer_captions_go_on_and_say_so(cluster: Cluster, gateway: httpx.Client):
+    """KServe puts back what `kubectl scale` says; this is its own way to no pod."""
+    stop = "serving.kserve.io/stop"
+    enhancer = f"{PIPELINE}-enhance"
     selector = f"sightline.dev/pipeline={PIPELINE},app.kubernetes.io/component=enhance"
-    cluster.kubectl("delete", "pod", "-l", selector, "--wait=true", "--grace-period=1")
-    answer = caption(gateway, use_gpt_oss="true")
-    assert answer.status_code == 200, answer.text
-    said = answer.json()
-    if not said["enhanced"]:  # it may have been back already
-        assert said["enhancement_error"]["code"]
-        assert RED_CIRCLE in said["caption"]
+    degraded = lambda: cluster.condition("vpipe", PIPELINE, "Degraded")  # noqa: E731
+    cluster.kubectl("annotate", "isvc", enhancer, f"{stop}=true")
+    try:
+        cluster.until(lambda: not cluster.all("pods", selector), "the enhancer has no pod", 240)
+        for _ in range(10):
+            said = caption(gateway, use_gpt_oss="true").json()
+            assert (said["enhanced"], said["enhancement_error"]["code"]) == (False, "enhancer_unavailable")
+            assert RED_CIRCLE in said["caption"]
+        assert caption(gateway, use_gpt_oss="true", strict="true").status_code == 503
+        cluster.until(lambda: degraded().get("status") == "True", "the condition says so", 120)
+        assert degraded()["reason"] == "EnhanceUnavailable"
+        assert cluster.condition("vpipe", PIPELINE, "Ready")["reason"] == "DegradedButServing"
+        assert 'sightline_breaker_state{model_name="pipeline",step="enhance"} 2.0' in gateway.get("/metrics").text
+    finally:
+        cluster.kubectl("annotate", "isvc", enhancer, f"{stop}-")
     cluster.until(lambda: caption(gateway, use_gpt_oss="true").json()["enhanced"], "captions are enhanced again")
+    cluster.until(lambda: degraded().get("status") == "False", "the condition has gone", 120)
 
 
 def test_a_pipeline_that_needs_a_gpu_waits_for_one(cluster: Cluster):
@@ -153,6 +230,11 @@ def test_a_pipeline_that_needs_a_gpu_waits_for_one(cluster: Cluster):
             cluster.until(
                 lambda: cluster.condition("vpipe", "gpu", "Ready").get("status") == "True", "Ready with a GPU"
             )
+            placed = cluster.all("pods", "sightline.dev/pipeline=gpu,app.kubernetes.io/component=caption")
+            asked = [pod["spec"]["containers"][0]["resources"] for pod in placed]
+            assert [(one["requests"]["nvidia.com/gpu"], one["limits"]["nvidia.com/gpu"]) for one in asked] == [
+                ("1", "1")
+            ]
             spec["caption"]["inferenceService"]["podTemplateOverrides"]["metadata"] = {"labels": {"again": "yes"}}
             cluster.apply(pipeline)  # a new version on the only GPU
 
@@ -223,6 +305,7 @@ def test_no_request_is_lost_while_a_model_rolls(cluster: Cluster, gateway: httpx
 
 def test_300_images_with_a_worker_the_gateway_and_the_operator_killed(cluster: Cluster, store: Any):
     truth = seeded(store, "faults/", 300, seed=5)
+    cluster.kubectl("delete", "vbatch", "faults", "--ignore-not-found")
     cluster.apply(batch("faults", "faults/", shardSize=50, chunkSize=10))
 
     def done() -> int:

@@ -75,7 +75,9 @@ def batch(name: str, prefix: str, **more: Any) -> dict[str, Any]:
 
 
 def seeded(store: Any, prefix: str, count: int, seed: int) -> dict[str, str]:
-    """Scenes in the bucket, and what is in them, by key."""
+    """Scenes in the bucket, and what is in them, by key; no results of an earlier run."""
+    for item in store.list_objects_v2(Bucket="captions", Prefix=prefix).get("Contents", []):
+        store.delete_object(Bucket="captions", Key=item["Key"])
     rng = random.Random(seed)
     truth = {}
     for number in range(count):
@@ -97,6 +99,7 @@ def is_over(cluster: Cluster, name: str) -> bool:
 
 def test_a_batch_with_a_killed_worker_has_each_result_once(cluster: Cluster, store: Any):
     truth = seeded(store, "killed/", IMAGES, seed=11)
+    cluster.kubectl("delete", "vbatch", "killed", "--ignore-not-found")
     cluster.apply(batch("killed", "killed/"))
     selector = "app.kubernetes.io/component=worker,batch.kubernetes.io/job-completion-index"
 

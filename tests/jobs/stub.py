@@ -111,11 +111,15 @@ class Stub:
 
     async def _unlisten(self) -> None:
         if self._server is not None:
+            # asyncio drops, still open, what it has accepted and not yet handed on when the server is closed.
+            for listener in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            await _turns()
             self._server.close()
             self._server = None
         for connection in list(self._connections):
             connection.cut()
-        await asyncio.sleep(0)
+        await _turns()
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -322,6 +326,12 @@ def _tensors(headers: Mapping[str, str], body: bytes) -> tuple[bytes, str]:
             found[tensor["name"]] = tensor["data"][0].encode()
     prompt = found.get("prompt") or str(said.get("parameters", {}).get("prompt") or "").encode()
     return found["image"], prompt.decode()
+
+
+async def _turns() -> None:
+    """As many turns of the loop as an accepted connection, or one that is cut, takes."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 @contextlib.contextmanager

@@ -276,6 +276,7 @@ def new_apiserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     """Makes API servers with nothing in them, for tests that stop, starve or flag them; all end with the session."""
     folder = assets()
     if folder is None:
+        assert not os.environ.get("REQUIRE_TOOLS"), HOW_TO_GET_THEM
         pytest.skip(HOW_TO_GET_THEM)
     assert shutil.which("openssl"), "openssl makes the key of service accounts"
     servers: list[ApiServer] = []

@@ -1,18 +1,22 @@
 """The chart against a real API server: every shape in ci/ is taken, strictly checked, with restricted Pod Security."""
 
+import json
 import re
-import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.chart.test_chart import SHAPES, rendered
+from tests.chart.test_chart import SHAPES, needs_helm, of, rendered
+from tests.chart.tools import needs
 from tests.operator.conftest import ApiServer
+from tests.operator.schemas import LOCATION, write_schemas
 
-pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not on PATH: the chart is NOT tested")
+pytestmark = needs_helm
 
-FOREIGN = ("monitoring.coreos.com", "kueue.x-k8s.io")
+FOREIGN = ("monitoring.coreos.com", "kueue.x-k8s.io", "keda.sh")
 """Groups whose CRDs these tests have not."""
 
 
@@ -40,3 +44,54 @@ def _is_served(item: dict, apiserver: ApiServer) -> bool:
     if not item["apiVersion"].startswith("serving.kserve.io"):
         return True
     return "inferenceservices" in apiserver.kubectl("api-resources", "--api-group=serving.kserve.io").stdout
+
+
+@needs("kubeconform")
+def test_every_shape_passes_kubeconform(apiserver: ApiServer, tmp_path: Path):
+    """Against the schemas of this API server: Kubernetes' own, our CRDs', and KServe's where KSERVE_CRDS is."""
+    shapes = {shape: rendered("-f", str(path), include_crds=True) for shape, path in SHAPES.items()}
+    kinds = {(item["apiVersion"], item["kind"]) for found in shapes.values() for item in found}
+    known = write_schemas(apiserver, kinds, tmp_path)
+    ours = {kind for kind in kinds if not kind[0].startswith((*FOREIGN, "serving.kserve.io"))}
+    assert ours <= known
+    assert len(ours) >= 14
+    for shape, found in shapes.items():
+        judged = [item for item in found if (item["apiVersion"], item["kind"]) in known]
+        assert kubeconform(judged, tmp_path) == [], shape
+    deployment = of(shapes["default"], "Deployment")["it-sightline-operator"]
+    (pipeline,) = of(shapes["laptop"], "VisionPipeline").values()
+    for wrong in (  # it can say no: a type, a name that nobody knows, here and deep down
+        deployment | {"spec": deployment["spec"] | {"replicas": "one"}},
+        deployment | {"spec": deployment["spec"] | {"replica": 1}},
+        pipeline | {"spec": pipeline["spec"] | {"gatewy": {}}},
+        pipeline | {"spec": pipeline["spec"] | {"gateway": {"replicas": "one"}}},
+    ):
+        assert kubeconform([wrong], tmp_path) != []
+
+
+def kubeconform(manifests: list[dict[str, Any]], folder: Path) -> list[str]:
+    """What it has against them. A kind without a schema is an error, too."""
+    command = ["kubeconform", "-output=json", "-summary", f"-schema-location={folder}/{LOCATION}", "-"]
+    text = yaml.safe_dump_all(manifests)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=120)
+    answer = json.loads(done.stdout)
+    assert sum(answer["summary"].values()) == len(manifests)
+    assert answer["summary"]["skipped"] == 0
+    return [f"{item['kind']}: {item['msg']}" for item in answer["resources"] or []]
+
+
+@pytest.mark.parametrize("shape", ["laptop", "scaled"])
+def test_the_models_pods_are_let_into_a_restricted_namespace(shape: str, apiserver: ApiServer, namespace: str):
+    """KServe makes pods of an InferenceService's predictor; its own fields are left out here."""
+    apiserver.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
+    theirs = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "deploymentStrategy", "labels"}
+    services = of(rendered("-f", str(SHAPES[shape])), "InferenceService")
+    assert services
+    for name, service in services.items():
+        spec = {key: value for key, value in service["spec"]["predictor"].items() if key not in theirs}
+        spec.pop("priorityClassName", None)  # not there
+        spec.pop("runtimeClassName", None)
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace}, "spec": spec}
+        words = ("create", "--dry-run=server", "--validate=strict", "-f", "-")
+        done = apiserver.kubectl(*words, stdin=yaml.safe_dump(pod), check=False)
+        assert done.returncode == 0, done.stderr

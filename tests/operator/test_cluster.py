@@ -134,7 +134,7 @@ async def test_an_operator_that_dies_after_each_of_its_writes_brings_a_batch_to_
         async with operator_of(live):
             cr = await live.ended()
     assert live.is_once(cr, 6)
-    # How many writes one status takes is the clock's; that an operator died after each Job, and made none twice, is not.
+    # How many writes one status takes is the clock's; that one died after each Job, and none was made twice, is not.
     assert sorted(call for call in calls if call.startswith("create Job")) == [
         f"create Job b-{name}" for name in ("finish", "plan", "run")
     ]

@@ -126,7 +126,7 @@ async def test_a_leader_that_cannot_renew_for_ten_seconds_gives_up(apiserver: Ap
         await asyncio.sleep(0.3)
         assert not holding.done()
         clock.now = 10.5
-        with pytest.raises(LeaseLost):
+        with pytest.raises(LeaseLost, match="could not be renewed for 10 s"):
             await asyncio.wait_for(holding, 10)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 import orjson
@@ -237,6 +237,13 @@ class TestWhatIsSent:
         assert headers["traceparent"] == "00-ab-cd-01"
         assert headers["x-api-key"] == "k3y"
         assert headers["accept-encoding"] == "identity"
+
+    async def test_a_batch_is_one_for_the_steps_too(self, step_of: StepOf) -> None:
+        async with serving(said()) as server:
+            step = step_of(server.url)
+            await step.describe(IMAGE, None, Sampling(), replace(context(), is_batch=True))
+            await step.describe(IMAGE, None, Sampling(), context())
+        assert [call.headers.get("x-priority") for call in server.calls] == ["batch", None]
 
     async def test_headers_that_there_is_nothing_for_are_left_out(self, step_of: StepOf) -> None:
         async with serving(said()) as server:

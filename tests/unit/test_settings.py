@@ -307,6 +307,20 @@ class TestCpuQuota:
 
         assert settings.cpu_quota() == expected
 
+    @pytest.mark.parametrize(("quota", "expected"), [("100000", 1), ("250000", 2), ("-1", 8), ("nonsense", 8)])
+    def test_of_cgroups_of_the_first_version(self, quota: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        there = {"cpu.cfs_quota_us": f"{quota}\n", "cpu.cfs_period_us": "100000\n"}
+
+        def read(path: pathlib.Path) -> str:
+            if path.parent.name == "cpu" and path.name in there:
+                return there[path.name]
+            raise FileNotFoundError
+
+        monkeypatch.setattr(pathlib.Path, "read_text", read)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+
+        assert settings.cpu_quota() == expected
+
     def test_without_cgroups(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(path: pathlib.Path) -> str:
             raise FileNotFoundError

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from sightline.conformance.command import conformance
+from sightline.fit import fit
 from sightline.jobs.command import batch
+from sightline.trial import self_check
 
 app = typer.Typer(
     help="Vision-language models as KServe predictors, and the caption→enhance pipeline.",
@@ -120,6 +122,8 @@ def render(context: typer.Context) -> None:
 
 
 app.command()(conformance)
+app.command()(fit)
+app.command("self-check", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(self_check)
 app.add_typer(batch, name="batch")
 
 

@@ -58,7 +58,13 @@ class ImageSettings(_Settings):
     max_pixels: int = Field(40_000_000, gt=0, description="Pixels of one decoded image, read from its header first.")
     min_side: int = Field(3, gt=0, description="Pixels of the shorter side.")
     max_aspect: float = Field(200, ge=1, description="Longer side over shorter side.")
-    decode_threads: int = Field(2, gt=0, description="Threads that decode images.")
+    decode_threads: int = Field(2, gt=0, description="Threads that decode images and prepare them for the model.")
+    jpeg_detail: float = Field(
+        1,
+        ge=0,
+        description="A JPEG is decoded at 1/2, 1/4 or 1/8 where this many times the pixels that the model reads are "
+        "left of each side. 2: closer to the whole picture, and slower; 0: always whole.",
+    )
 
     url_hosts: CommaSeparated = Field(
         (),
@@ -123,7 +129,11 @@ class ServerSettings(ImageSettings):
 
     max_request_bytes: int = Field(100 * MEBIBYTE, gt=0)
     max_parts: int = Field(32, gt=0, description="Multipart parts of one request.")
-    queue_size: int = Field(64, gt=0, description="Requests that may wait; one more is 429.")
+    queue_size: int = Field(
+        64,
+        gt=0,
+        description="Requests that may wait; one more is 429. Those with `x-priority: batch` fill at most half.",
+    )
     deadline_seconds: float = Field(
         120, gt=0, description="A request may ask for less by X-Request-Timeout-Ms, never for more."
     )
@@ -165,6 +175,51 @@ class EngineSettings(ServerSettings):
     )
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: from the CPU quota.")
     max_batch: int = Field(8, gt=0, description="Requests that may be answered at once.")
+    self_checks: Literal["on", "off"] = Field(
+        "on", description="Checks of memory, weights and answers at start, docs/self-checks.md; a failed one ends it."
+    )
+    golden_file: Path | None = Field(
+        None, description="What the model makes of a fixed picture; default: sightline_golden.json beside its weights."
+    )
+    profile_memory: Literal["auto", "on", "off"] = Field(
+        "auto", description="Run the largest allowed image at start and log the peak; auto: on GPUs."
+    )
+    max_out_of_memory: int = Field(
+        3, gt=0, description="Items in a row without memory after which the server is not ready, until one succeeds."
+    )
+
+
+class VllmSettings(EngineSettings):
+    """What the predictors have that vLLM may answer for."""
+
+    engine: str
+    vllm_memory_share: float | None = Field(
+        None, gt=0, le=1, description="Of a GPU's memory, what --engine vllm takes; default: vLLM's own."
+    )
+    vllm_cache_gib: float | None = Field(
+        None, gt=0, description="GiB of its key-value cache; default: what the GPU has left, 1 on a CPU."
+    )
+    vllm_context: int | None = Field(
+        None, gt=0, description="Tokens of a prompt and its answer; default: the model's, or what the cache can hold."
+    )
+    vllm_prefix_cache: bool = Field(
+        False, description="Keep what was computed for prompts and images that may come again."
+    )
+    vllm_compile: bool | None = Field(None, description="Compile the model at start; default: on GPUs only.")
+    vllm_batch_invariant: bool = Field(
+        False, description="Kernels whose results do not depend on the batch; for GPUs, slower."
+    )
+    vllm_sleep_seconds: float | None = Field(
+        None, gt=0, description="Give the GPU's memory back after so long without a request; None: never."
+    )
+
+    @model_validator(mode="after")
+    def _vllm_quantises_nothing(self) -> Self:
+        if self.engine == "vllm" and (
+            getattr(self, "load_8bit", False) or getattr(self, "quantization", "auto") in ("8bit", "4bit")
+        ):
+            raise ValueError("engine vllm takes a checkpoint as it is; 8bit and 4bit are for engine hf")
+        return self
 
 
 class JobSettings(ServerSettings):
@@ -179,12 +234,14 @@ class JobSettings(ServerSettings):
     job_timeout_seconds: float = Field(600, gt=0, description="A run that takes longer is TIMED_OUT.")
 
 
-class VisionSettings(EngineSettings):
+class VisionSettings(VllmSettings):
     """What the predictors that read images and write text have."""
 
     model_name: str
-    engine: Literal["hf", "remote"] = Field(
-        "hf", description="hf: the model is loaded here. remote: it is asked at an OpenAI-compatible URL."
+    engine: Literal["hf", "vllm", "remote"] = Field(
+        "hf",
+        description="hf: the model is loaded here. vllm: by vLLM, a process beside this one; needs the extra `vllm`. "
+        "remote: it is asked at an OpenAI-compatible URL.",
     )
     remote_url: str | None = Field(None, description="Base URL for --engine remote, with or without its /v1.")
     remote_model: str | None = Field(None, description="Its model name there; default: the name here.")
@@ -235,10 +292,14 @@ class DescribeSettings(VisionSettings, JobSettings):
     )
 
 
-class EnhanceSettings(EngineSettings):
+class EnhanceSettings(VllmSettings):
     """The `enhance` predictor: gpt-oss."""
 
     model_name: str = Field("enhance", description="Name in the KServe routes.")
+    engine: Literal["hf", "vllm"] = Field(
+        "hf",
+        description="hf: the model is loaded here. vllm: by vLLM, a process beside this one; needs the extra `vllm`.",
+    )
     model: str = Field(
         str(TINY / "enhance"),
         validation_alias=AliasChoices("model", "GPT_OSS_MODEL_ID"),
@@ -480,10 +541,11 @@ def shown(settings: _Settings) -> dict[str, object]:
 def cpu_quota() -> int:
     """CPUs this process may really use: the smaller of its affinity and its cgroup quota, at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:  # cgroup v2
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
+        try:
+            quota, period = " ".join(Path("/sys/fs/cgroup", file).read_text() for file in files).split()
+            if int(quota) > 0:  # v1 says -1 for none; v2's "max" is no number
+                cpus = min(cpus, max(1, int(quota) // int(period)))
+        except (OSError, ValueError):
+            continue
     return max(1, cpus)

@@ -72,6 +72,9 @@ TIMEOUT_HEADER = "x-request-timeout-ms"
 
 What travels is the remainder, not a wall-clock time, so that two machines need not agree on the hour.
 """
+PRIORITY_HEADER = "x-priority"
+BATCH_PRIORITY = "batch"
+"""Of a request that nobody waits for: it takes the places that people leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +245,7 @@ class Context:
     address      where it came from, such as 10.0.0.7; empty when that is not known
     traceparent  the caller's W3C trace context, handed on as it came, and
     tracestate   what its tracing systems add to it
+    is_batch     nobody waits for the answer: it takes only places that people leave
     """
 
     request_id: str
@@ -249,6 +253,7 @@ class Context:
     principal: str = ""
     traceparent: str | None = None
     tracestate: str | None = None
+    is_batch: bool = False
     address: str = ""
 
     @property

@@ -13,6 +13,7 @@ from sightline.engines.base import Generated
 from sightline.errors import InternalError, InvalidParameter
 from sightline.models.kimi_vl.model import KimiVL, Message, Prompt
 from sightline.models.loading import LoadFailed
+from sightline.models.pixels import Patches
 from sightline.settings import TINY, GenerateSettings
 from sightline.wire import Sampling
 from tests.unit.checkpoints import DAMAGE, Weights, change_config, change_weights, copy_of
@@ -123,7 +124,8 @@ class TestPrompts:
         assert (caught.value.status, caught.value.code) == (422, "prompt_too_long")
 
     def test_an_image_that_would_not_be_seen_is_refused(self, kimi: KimiVL, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kimi, "_patches", lambda images: (torch.empty(0), torch.zeros((len(images), 3))))
+        nothing = Patches(torch.empty((0, 3, 14, 14)), torch.zeros((1, 3), dtype=torch.int64))
+        monkeypatch.setattr(type(kimi.pixels), "patches", lambda *_: nothing)
 
         with pytest.raises(InternalError) as caught:
             kimi.preprocess([picture()], "what?")

@@ -7,7 +7,6 @@ need; its configuration, TLS, token refresh and connection pool are what we use.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import urllib.parse
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import aiohttp
+import orjson
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient, Configuration
 
@@ -189,7 +189,7 @@ class KubernetesClient:
                 yield "BOOKMARK", {"metadata": {"resourceVersion": since}}
                 async for line in response.content:
                     if line.strip():
-                        yield self._event(json.loads(line))
+                        yield self._event(orjson.loads(line))
             finally:
                 response.close()
         except TimeoutError as error:
@@ -289,7 +289,7 @@ class KubernetesClient:
                 response = await self._request(method, path, query or {}, body, content_type, CALL)
                 async with response:
                     await self._raise_for(response)
-                    return cast("Object", json.loads(await response.read()))
+                    return cast("Object", orjson.loads(await response.read()))
             except ApiError as error:
                 if error.status == 404 and absent_is_none:
                     return None
@@ -325,7 +325,7 @@ class KubernetesClient:
             return
         text = await response.text()
         try:
-            status = json.loads(text)
+            status = orjson.loads(text)
             reason, message = str(status.get("reason", "")), str(status.get("message", text))
         except (ValueError, AttributeError):
             reason, message = response.reason or "", text[:500]

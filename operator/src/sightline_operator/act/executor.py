@@ -48,6 +48,15 @@ class _Memory:
     repaired_at: float = float("-inf")
     unownable: frozenset[str] = frozenset()
     """Fields of our manifest that the API server does not record as ours (it drops or rewrites them)."""
+    looked: tuple[str, str, list[str]] = ("", "", [])
+    """The version and the digest of the manifest that were compared last, and the fields that we had lost."""
+
+    def lost(self, manifest: Mapping[str, Any], live: Mapping[str, Any], digest: str) -> list[str]:
+        """See `lost_fields`: the walk through both is long, and most looks are at what was looked at before."""
+        version = str(live["metadata"]["resourceVersion"])
+        if self.looked[:2] != (version, digest):
+            self.looked = version, digest, lost_fields(manifest, live)
+        return self.looked[2]
 
 
 @dataclass
@@ -252,8 +261,9 @@ class Executor:
         memory = self._memory.get(ref)
         if memory is None or memory.uid != live["metadata"]["uid"]:
             memory = self._memory[ref] = _Memory(str(cr["metadata"]["uid"]), str(live["metadata"]["uid"]), "")
-        lost = [path for path in lost_fields(action.manifest, live) if path not in memory.unownable]
-        is_new = memory.digest != _digest(action.manifest) and not _is_applied(action.manifest, live)
+        mark = _digest(action.manifest)
+        lost = [path for path in memory.lost(action.manifest, live, mark) if path not in memory.unownable]
+        is_new = memory.digest != mark and not _is_applied(action.manifest, live)
         if not is_new and not lost:
             metrics.APPLIES.labels(ref.kind, "noop").inc()
             return

@@ -14,6 +14,7 @@ from sightline_operator.decide.pipeline_batches import BatchesReport, batches_re
 from sightline_operator.decide.pipeline_conditions import accepted, degraded, gateway_ready, ready
 from sightline_operator.decide.pipeline_steps import step_report
 from sightline_operator.decide.pipeline_view import PipelineView, Workload, key_of
+from sightline_operator.memo import Memo
 from sightline_operator.observe.world import Manifest, World
 from sightline_operator.render import (
     OPTIONAL_KINDS,
@@ -32,6 +33,7 @@ _LATE = {"ConfigMap", "InferenceService", "ServiceAccount"}
 _STEPS = ("caption", "enhance")
 _KEPT = ("lastDrift",)
 """Of the status, what the executor writes."""
+_parsed, _rendered, _revision = Memo(Pipeline.model_validate), Memo(render_pipeline), Memo(revision)
 
 
 def decide_pipeline(cr: Manifest, world: World, settings: RenderSettings) -> Decision:
@@ -40,9 +42,9 @@ def decide_pipeline(cr: Manifest, world: World, settings: RenderSettings) -> Dec
     if cr["metadata"].get("deletionTimestamp"):
         return Decision((), previous)
     try:
-        spec = Pipeline.model_validate(cr["spec"])
+        spec = _parsed(cr["spec"])
         known = addresses(cr, world)
-        children = render_pipeline(cr, settings, world.kinds, known)
+        children = _rendered(rendering(cr), settings, world.kinds, known)
     except ValidationError as error:
         first = error.errors()[0]
         return _invalid(cr, world, f"spec.{'.'.join(map(str, first['loc']))}: {first['msg']}")
@@ -54,6 +56,14 @@ def decide_pipeline(cr: Manifest, world: World, settings: RenderSettings) -> Dec
     updates, leftovers = _applies(view), _leftovers(view)
     notes = _notes(view, status, updates)
     return Decision((*updates, *leftovers, *batches.actions), status, notes, _requeue(view, batches))
+
+
+def rendering(cr: Manifest) -> Manifest:
+    """As much of a pipeline as rendering reads: whatever else of it changes, its children are the same."""
+    metadata = {name: cr["metadata"].get(name) for name in ("name", "namespace", "uid", "generation")}
+    said: Mapping[str, Any] = cr.get("status") or {}
+    status = {name: said.get(name) for name in ("observedGeneration", "renderVersion", "images")}
+    return {"kind": cr["kind"], "metadata": metadata, "spec": cr["spec"], "status": status}
 
 
 def addresses(cr: Manifest, world: World) -> dict[str, str]:
@@ -120,7 +130,7 @@ def _status(view: PipelineView, batches: BatchesReport, by: Pinned) -> dict[str,
             view.previous.get("conditions") or (), conditions, generation=view.generation, now=view.now
         ),
         "url": _url(view),
-        "revision": revision(view.cr),
+        "revision": _revision({"spec": view.cr["spec"]}),
         "renderVersion": by.version,
         "images": dict(by.images),
         "steps": [step.row for step in steps.values() if step.row is not None],

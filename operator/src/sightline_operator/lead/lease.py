@@ -68,7 +68,10 @@ class Leader:
                 renewed = self._monotonic()
             elif self._holder() not in (self._identity, "") or self._monotonic() - renewed > RENEW_DEADLINE_SECONDS:
                 self.is_leader = False
-                raise LeaseLost(f"lease {self._namespace}/{self._name} is held by {self._holder() or 'nobody'}")
+                lease, holder = f"lease {self._namespace}/{self._name}", self._holder()
+                if holder in (self._identity, ""):
+                    raise LeaseLost(f"{lease} could not be renewed for {RENEW_DEADLINE_SECONDS:.0f} s")
+                raise LeaseLost(f"{lease} is held by {holder}")
 
     async def release(self) -> None:
         """Give the Lease back, so that the next process need not wait for it to expire."""

@@ -5,11 +5,12 @@ Fed by watch events, by lists, and by the answers to our own writes, so that a d
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import orjson
 
 from sightline_operator.queue import Key
 from sightline_operator.render.names import MAX_SERVED_NAME, child_name, label_value
@@ -186,7 +187,7 @@ class Cache:
         self._forget(ref)
         slim = trimmed(obj)
         owners = tuple(str(owner["uid"]) for owner in metadata.get("ownerReferences") or [])
-        self._entries[ref] = Entry(version, uid, owners, json.dumps(slim, separators=(",", ":")).encode())
+        self._entries[ref] = Entry(version, uid, owners, orjson.dumps(slim))
         self._uids[uid] = ref
         for owner in owners:
             self._children[owner].add(ref)
@@ -234,7 +235,7 @@ class Cache:
             self.put(obj)
         for ref in [ref for ref in self._entries if ref.kind == kind and ref not in present]:
             entry = self._entries[ref]
-            if entry.version <= int(since) and belongs(json.loads(entry.data)):
+            if entry.version <= int(since) and belongs(orjson.loads(entry.data)):
                 self._bury(entry.uid, entry.version)
                 self.absent(ref)
 
@@ -251,7 +252,7 @@ class Cache:
                 yield Key(*named)
         if entry is None:
             return
-        obj = json.loads(entry.data)
+        obj = orjson.loads(entry.data)
         yield from self._owners(ref, obj)
         if ref.kind == "Pod":
             yield from self._pod_owners(ref, obj)
@@ -286,7 +287,7 @@ class Cache:
         known = self._parsed.get(ref)
         if known is not None and known[0] is entry:
             return known[1]
-        obj = json.loads(entry.data)
+        obj = orjson.loads(entry.data)
         self._parsed[ref] = entry, obj
         while len(self._parsed) > PARSED:
             self._parsed.popitem(last=False)
@@ -307,7 +308,7 @@ class Cache:
         if entry is None:
             return
         if ref.kind == "Pod":
-            for label, value in self._pod_labels(json.loads(entry.data)):
+            for label, value in self._pod_labels(orjson.loads(entry.data)):
                 _discard(self._pods, (label, ref.namespace, value), ref)
             self._warnings.pop(entry.uid, None)
         if ref.kind in OUR_KINDS:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sightline.wire import FinishReason, ModelInfo, Sampling
 
 Prepared_contra = TypeVar("Prepared_contra", contravariant=True)
+
+MIN_TEMPERATURE = 1e-5
+"""Below this sampling is greedy, as in vLLM (_SAMPLING_EPS): scores divided by 1e-38 are infinite."""
 
 IsAbandoned = Callable[[int], bool]
 """Whether nobody waits for item i of the batch any more; asked between two tokens."""
@@ -133,6 +136,10 @@ class GenerativeModel(Protocol[Prepared_contra]):
         on_token: OnToken | None = None,
     ) -> Sequence[Generated]:
         """One result for each item, in order, the same alone or in any company; the engine lets others join instead."""
+        ...
+
+    def trial(self, image: Any) -> Any:  # noqa: ANN401 - a PIL image; what `generate` takes
+        """A short prompt about an image, prepared, to try the model with."""
         ...
 
     def reader(self) -> TextReader:

@@ -13,12 +13,9 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from transformers import Cache, DynamicCache
 
-from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken
+from sightline.engines.base import MIN_TEMPERATURE, Draft, Generated, IsAbandoned, OnToken
 from sightline.engines.packing import packs
 from sightline.wire import Sampling
-
-MIN_TEMPERATURE = 1e-5
-"""Below this sampling is greedy, as in vLLM (_SAMPLING_EPS): scores divided by 1e-38 are infinite."""
 
 PREFILL_TOKENS = 8_192
 """Tokens of one forward over prompts, padding included; a longer prompt goes alone."""

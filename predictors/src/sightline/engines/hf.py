@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 from sightline.engines.base import Decoder, Draft, GenerativeModel, IsAbandoned
 from sightline.engines.cost import Cost
 from sightline.engines.fair import FairQueue
+from sightline.engines.health import MemoryHealth
 from sightline.errors import DeadlineExceeded, NotSupported, OutOfMemory, SightlineError, Unavailable
 from sightline.wire import Deadline
 
@@ -100,6 +101,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         cost: Callable[[Prepared], int] | None = None,
         max_cost: int | None = None,
     ) -> None:
+        self.health = MemoryHealth()
         self._load = load
         self._max_batch = max_batch
         self._run_batch = run
@@ -111,6 +113,11 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
         self._wake = threading.Condition()
         self._is_closing = False
         self._thread: threading.Thread | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more: None, as the engine ends with its process."""
+        return None
 
     @property
     def model(self) -> Model:
@@ -337,6 +344,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
             self._fail(model, batch, error)
             return
         self._learnt.batch.add(sum(item.cost for item in batch), time.monotonic() - started)
+        self.health.succeeded()
         for item, result in settled:
             item.settle(result)
 
@@ -397,6 +405,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
             waiting.tell(len(draft.token_ids), token)
             if is_over or waiting.is_enough():
                 self._learnt.answered(len(draft.token_ids))
+                self.health.succeeded()
                 waiting.settle(cast("Any", model.result(waiting.prepared, draft)))
                 over.append(at)
             elif waiting.is_dead():
@@ -418,6 +427,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
             return
         fault: BaseException = error
         if is_out_of_memory:
+            self.health.ran_out()
             fault = OutOfMemory("This request needs more memory than the device has.")
             fault.__cause__ = error
         elif not isinstance(error, SightlineError):

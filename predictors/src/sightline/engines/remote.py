@@ -36,6 +36,8 @@ from sightline.errors import (
     UpstreamFailed,
 )
 from sightline.wire import (
+    BATCH_PRIORITY,
+    PRIORITY_HEADER,
     REQUEST_ID_HEADER,
     TIMEOUT_HEADER,
     Completion,
@@ -389,6 +391,8 @@ class RemoteStep:
             REQUEST_ID_HEADER: _printable(context.request_id),
             TIMEOUT_HEADER: str(milliseconds),
         }
+        if context.is_batch:
+            headers[PRIORITY_HEADER] = BATCH_PRIORITY
         if context.traceparent is not None:
             headers["traceparent"] = _printable(context.traceparent)
         if context.tracestate is not None:

@@ -23,7 +23,7 @@ from sightline.jobs.objects import AccessDenied, BucketMissing, Changed, Missing
 from sightline.jobs.page import Page
 from sightline.jobs.pools import Pools
 from sightline.jobs.target import Answer, Outgoing, Refusal, Success
-from sightline.wire import REQUEST_ID_HEADER, REVISION_HEADER, TIMEOUT_HEADER
+from sightline.wire import BATCH_PRIORITY, PRIORITY_HEADER, REQUEST_ID_HEADER, REVISION_HEADER, TIMEOUT_HEADER
 
 if TYPE_CHECKING:
     from sightline.jobs.pace import Pace
@@ -34,7 +34,6 @@ log = logging.getLogger("sightline.jobs")
 Fetch = Callable[[Item], Awaitable[bytes]]
 """The bytes of an item's image as it was planned (If-Match). Raises `objects`' Missing, Changed, AccessDenied, …"""
 
-PRIORITY_HEADER = "x-priority"
 CONNECT_SECONDS = 5.0
 SPARE_SECONDS = 5.0
 """More than the target was given, so that it is the target that says 504."""
@@ -223,7 +222,7 @@ class Asker:
         said = self._page.target
         headers = {
             **outgoing.headers,
-            PRIORITY_HEADER: "batch",
+            PRIORITY_HEADER: BATCH_PRIORITY,
             TIMEOUT_HEADER: str(int(said.timeout_seconds * 1000)),
             REQUEST_ID_HEADER: request_id(self._page, item),
         }

@@ -33,6 +33,7 @@ from sightline.engines.decoding import (
 from sightline.engines.text import Detokenizer
 from sightline.errors import InvalidParameter
 from sightline.models.loading import check_kind, load_pretrained, model_info, repetition_penalty
+from sightline.models.pixels import Patches, SquarePixels
 from sightline.settings import BlipSettings
 from sightline.wire import Sampling
 
@@ -67,6 +68,7 @@ class Blip:
             trust_remote_code=False,
         )
         self._tokenizer: Any = self._processor.tokenizer
+        self.pixels = SquarePixels.of(self._processor.image_processor)
         self._model: Any = load_pretrained(BlipForConditionalGeneration, settings)
         text: Any = self._model.config.text_config
         vision: Any = self._model.config.vision_config
@@ -78,13 +80,13 @@ class Blip:
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
 
-    def preprocess(self, image: Image.Image, prefix: str = "") -> Prompt:
+    def preprocess(self, image: Image.Image | Patches, prefix: str = "") -> Prompt:
         """Pixels and token ids of one image and the text to continue. Thread-safe; needs no device.
 
         Raises InvalidParameter (422) when the prefix takes more than half of the model's context: the other half is
         for the caption, so that no caption is cut short by its company in a batch.
 
-        image   RGB of any size; becomes a square, its aspect lost
+        image   RGB of any size, becomes a square, its aspect lost; or already Patches of `pixels`
         prefix  continued by the caption; control tokens in it are read as plain text
         """
         # BERT splits at every bracket, so the space changes nothing but that no control token matches.
@@ -95,8 +97,12 @@ class Blip:
                 f"The text has {len(prefix_ids)} tokens; this model continues up to {self._half_context - 1}.",
                 code="prompt_too_long",
             )
-        pixels: torch.Tensor = self._processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
-        return Prompt(pixel_values=pixels, input_ids=torch.tensor([self._begin, *prefix_ids]))
+        patches = image if isinstance(image, Patches) else self.pixels.patches(image)
+        return Prompt(pixel_values=patches.values, input_ids=torch.tensor([self._begin, *prefix_ids]))
+
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess(image)
 
     def generate(
         self,

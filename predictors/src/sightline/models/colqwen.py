@@ -39,6 +39,7 @@ from sightline.engines.packing import packs
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter, SightlineError
 from sightline.models.layers import PatchMatrix
 from sightline.models.loading import LoadFailed, as_plain_text, check_kind, check_length, load_pretrained, model_info
+from sightline.models.pixels import Patches, QwenPixels
 from sightline.settings import EmbedSettings
 
 EPSILON = 1e-12
@@ -96,6 +97,8 @@ class ColQwen:
         self._processor: Any = ColQwen2_5_Processor.from_pretrained(
             settings.model, revision=settings.revision, cache_dir=settings.cache_dir, trust_remote_code=False
         )
+        self.pixels = QwenPixels.of(self._processor.image_processor)
+        self._page = _PagePrompt.of(self._processor)
         self.runtime = Runtime("hf", str(model.device), str(model.dtype))
         self.dim = int(model.custom_text_proj.out_features)
         self.spatial_merge_size = int(model.spatial_merge_size)
@@ -105,30 +108,27 @@ class ColQwen:
 
     # --- preprocess ---
 
-    def preprocess_page(self, image: Image.Image, *, is_halved: bool = False) -> Item:
-        """Patches and token ids of one page image, RGB of any size. Thread-safe; needs no device.
+    def preprocess_page(self, image: Image.Image | Patches, *, is_halved: bool = False) -> Item:
+        """Patches and token ids of one page. Thread-safe; needs no device.
 
-        is_halved   show the model half of the pixels that it would see (the processor's own minimum remains)
+        image       RGB of any size, or already Patches of `pixels`
+        is_halved   show the model half of the pixels that it would see; Patches are taken as they are
 
         Raises InvalidParameter (422) when they are more than the model's context.
         """
-        if is_halved:
-            image = self._halved(image)
-        inputs = self._processor.process_images([image])
-        ids = inputs["input_ids"][0]
-        places = (ids == self.image_token_id).nonzero()[:, 0]
-        across, down = self.patches(*image.size)
-        start = int(places[0]) if len(places) else 0
-        if not len(places) == across * down == int(places[-1]) - start + 1:
-            raise InternalError("The model would not have seen the image.", code="image_not_seen")
+        prepare = self.pixels.halved if is_halved else self.pixels.patches
+        patches = image if isinstance(image, Patches) else prepare(image)
+        _, rows, columns = (int(number) for number in patches.grid[0])
+        across, down = columns // self.spatial_merge_size, rows // self.spatial_merge_size
+        ids, start = self._page.ids(across * down)
         check_length(self._model, len(ids))
         return Item(
             input_ids=ids,
-            token_types=inputs["mm_token_type_ids"][0],
-            pixel_values=inputs["pixel_values"][0],
-            grid=inputs["image_grid_thw"],
+            token_types=(ids == self.image_token_id).to(torch.int64),
+            pixel_values=patches.values,
+            grid=patches.grid,
             patches=(across, down),
-            span=(start, len(places)),
+            span=(start, across * down),
         )
 
     def preprocess_query(self, text: str) -> Item:
@@ -152,12 +152,6 @@ class ColQwen:
             raise InvalidParameter("A page of this size cannot be embedded.", code="image_size_unsupported") from error
         return int(across), int(down)
 
-    def _halved(self, image: Image.Image) -> Image.Image:
-        across, down = self.patches(*image.size)
-        side = int(self._model.patch_size) * self.spatial_merge_size
-        scale = (across * down * side * side / 2 / (image.width * image.height)) ** 0.5
-        return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-
     def token_texts(self, item: Item) -> list[str]:
         """Each token of a query as text; the augmentation tokens read `<|endoftext|>`."""
         tokenizer = self._processor.tokenizer
@@ -168,6 +162,10 @@ class ColQwen:
         token = self._processor.tokenizer.convert_tokens_to_ids(self._processor.query_augmentation_token)
         is_own = (self.preprocess_query("a").input_ids != token).nonzero()[:, 0]
         return self.preprocess_query("a").tokens - int(is_own[-1]) - 1
+
+    def trial(self, image: Image.Image) -> Item:
+        """A page, for the checks at start and after memory ran out."""
+        return self.preprocess_page(image)
 
     # --- forward ---
 
@@ -234,11 +232,37 @@ class ColQwen:
             if np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > 1e-2:
                 raise LoadFailed("the model returns vectors of no length: some of its weights are zero")
         if np.abs(seen - flat).max() < 1e-4:
-            raise LoadFailed("the model ignores mm_token_type_ids: image positions would be wrong")
+            raise LoadFailed(
+                "the model ignores mm_token_type_ids: image positions would be wrong", reason="positions_dropped"
+            )
         return Golden.of(said, seen)
 
 
 _SEQUENCES = ("input_ids", "mm_token_type_ids", "attention_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class _PagePrompt:
+    """The token ids of a page's fixed prompt around its image tokens; the tokenizer reads it once."""
+
+    before: tuple[int, ...]
+    image_token_id: int
+    behind: tuple[int, ...]
+
+    @classmethod
+    def of(cls, processor: Any) -> "_PagePrompt":  # noqa: ANN401 - a ColQwen2_5_Processor
+        """Raises LoadFailed when the prompt has not one place for an image."""
+        ids: list[int] = list(processor.tokenizer(processor.visual_prompt_prefix)["input_ids"])
+        token = int(processor.image_token_id)
+        if ids.count(token) != 1:
+            raise LoadFailed("the tokenizer does not know the image token of a page's prompt")
+        at = ids.index(token)
+        return cls(tuple(ids[:at]), token, tuple(ids[at + 1 :]))
+
+    def ids(self, image_tokens: int) -> tuple[torch.Tensor, int]:
+        """Token ids (T,), and where the image tokens begin."""
+        ids = [*self.before, *[self.image_token_id] * image_tokens, *self.behind]
+        return torch.tensor(ids), len(self.before)
 
 
 class _ColQwen(ColQwen2_5):

@@ -1,5 +1,6 @@
 """From a hub id or folder to a loaded transformers model that is what its configuration says, or an error."""
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -10,14 +11,21 @@ import torch
 import transformers
 
 from sightline.errors import InvalidParameter
-from sightline.settings import EngineSettings, cpu_quota
+from sightline.settings import EngineSettings, VllmSettings, cpu_quota
 from sightline.wire import ModelInfo
 
 log = logging.getLogger("sightline.models")
 
 
 class LoadFailed(RuntimeError):
-    """The checkpoint cannot be served; the process exits, so that nobody gets answers of a half-loaded model."""
+    """The checkpoint cannot be served; the process exits, so that nobody gets answers of a half-loaded model.
+
+    reason  stable, one word: docs/self-checks.md
+    """
+
+    def __init__(self, message: str, *, reason: str = "checkpoint_unusable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,8 @@ def load_pretrained(
     freshly initialised ones with a warning.
     """
     torch.set_num_threads(settings.threads or cpu_quota())
+    if is_elsewhere(settings):
+        return without_weights(auto_class, settings)
     use_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     options: dict[str, Any] = {
         "dtype": settings.dtype,
@@ -78,11 +88,45 @@ def load_pretrained(
     return model.eval()
 
 
+def is_elsewhere(settings: EngineSettings) -> bool:
+    """Whether another process holds the weights, so that this one makes prompts and reads answers only."""
+    return isinstance(settings, VllmSettings) and settings.engine == "vllm"
+
+
+def without_weights(auto_class: Any, settings: EngineSettings) -> Any:  # noqa: ANN401 - a PreTrainedModel
+    """A model whose tensors have shapes and no memory, in the type that its weights would have."""
+    where: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
+    config = transformers.AutoConfig.from_pretrained(settings.model, trust_remote_code=False, **where)
+    dtype = config.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=dtype or torch.float32)
+    with contextlib.suppress(OSError):  # a checkpoint need not have one
+        model.generation_config = transformers.GenerationConfig.from_pretrained(settings.model, **where)
+    return model.eval()
+
+
+def repetition_penalty(model: Any) -> float:  # noqa: ANN401
+    """What the checkpoint's generation configuration says; 1 for none.
+
+    It is kept (Qwen2.5-VL ships 1.05), because the model was tuned with it; what else is there of sampling is the
+    request's to say.
+    """
+    return float(model.generation_config.repetition_penalty or 1)
+
+
+_REASONS = {
+    "missing_keys": "weights_missing",
+    "mismatched_keys": "weights_mismatched",
+    "unexpected_keys": "weights_unexpected",
+    "error_msgs": "weights_unreadable",
+}
+
+
 def _check_weights(name: str, info: dict[str, Any]) -> None:
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if keys := info.get(kind):
             sample = ", ".join(sorted(str(key) for key in keys)[:5])
-            raise LoadFailed(f"{name}: {len(keys)} {kind.replace('_', ' ')}: {sample}")
+            raise LoadFailed(f"{name}: {len(keys)} {kind.replace('_', ' ')}: {sample}", reason=_REASONS[kind])
 
 
 def model_info(model: Any, settings: EngineSettings) -> ModelInfo:  # noqa: ANN401
@@ -129,12 +173,3 @@ def as_plain_text(text: str) -> str:
     Without this a prompt holding `<|image_pad|>` would claim image features, and `<|end|>` would end its turn.
     """
     return text.replace("<|", "< |")
-
-
-def repetition_penalty(model: Any) -> float:  # noqa: ANN401
-    """What the checkpoint's generation configuration says; 1 for none.
-
-    It is kept (Qwen2.5-VL ships 1.05), because the model was tuned with it; what else is there of sampling is the
-    request's to say.
-    """
-    return float(model.generation_config.repetition_penalty or 1)

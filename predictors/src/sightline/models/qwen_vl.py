@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from sightline import golden
 from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.decoding import Decoder, Prefilled, Slots, causal, generate, last_of, layers_of, padded
 from sightline.engines.images import ImageCache, content_hash
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
-from sightline.images import scaled
 from sightline.models.layers import PatchMatrix
 from sightline.models.loading import (
     Quantization,
@@ -32,10 +31,11 @@ from sightline.models.loading import (
     model_info,
     repetition_penalty,
 )
+from sightline.models.pixels import Patches, QwenPixels
 from sightline.settings import DescribeSettings
 from sightline.wire import Sampling
 
-Message = tuple[Literal["system", "user", "assistant"], Sequence[str | Image.Image]]
+Message = tuple[Literal["system", "user", "assistant"], Sequence[str | Image.Image | Patches]]
 """Who speaks, and the texts and images in the order in which they stand."""
 
 
@@ -85,6 +85,8 @@ class QwenVL:
             settings,
             Quantization(settings.load_8bit, settings.max_memory_gpu, settings.max_memory_cpu),
         )
+        self.pixels = QwenPixels.of(self._processor.image_processor)
+        self._image_token = str(self._processor.image_token)
         self._image_token_id = int(self._model.config.image_token_id)
         self._eos = _eos_token_ids(self._model, self._tokenizer)
         patches: Any = self._model.model.visual.patch_embed
@@ -102,40 +104,48 @@ class QwenVL:
     def preprocess_chat(self, messages: Sequence[Message], *, at_half: bool = False) -> Prompt:
         """Patches and token ids of a conversation that the assistant is to go on with. Thread-safe; needs no device.
 
-        messages  who speaks, and the texts and RGB images in the order in which they stand; at least one image. The
-                  processor resizes them to multiples of its patch size within its pixel budget
-        at_half   half the pixels of each image that the model would see otherwise
+        messages  who speaks, and the texts and images in the order in which they stand; at least one image, RGB of any
+                  size or already Patches of `pixels`
+        at_half   half the pixels of each image that the model would see otherwise; Patches are taken as they are
 
         Raises InvalidParameter (422) when they are more than the model's context.
         """
         conversation = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in messages]
-        text = self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
-        options: dict[str, Any] = {}
-        if at_half:
-            budgets = [self._seen_pixels(image) // 2 for image in images]
-            images = [scaled(image, budget) for image, budget in zip(images, budgets, strict=True)]
-            size = {"shortest_edge": self._patch_side**2, "longest_edge": max(budgets)}
-            options["images_kwargs"] = {"size": size}
-        inputs = self._processor(text=[text], images=images, return_tensors="pt", **options)
-        input_ids = inputs["input_ids"][0]
-        image_tokens = int((input_ids == self._image_token_id).sum())
-        if image_tokens == 0 or len(inputs["image_grid_thw"]) != len(images):
+        text = str(self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        prepare = self.pixels.halved if at_half else self.pixels.patches
+        parts = [part for _, said in messages for part in said if not isinstance(part, str)]
+        images = [part if isinstance(part, Patches) else prepare(part) for part in parts]
+        counts = [int(image.grid.prod()) // self.pixels.merge**2 for image in images]
+        input_ids = torch.tensor(self._tokenizer(self._with_places(text, counts))["input_ids"])
+        is_image = input_ids == self._image_token_id
+        if not counts or 0 in counts or int(is_image.sum()) != sum(counts):
             raise InternalError("The model would not have seen the image.", code="image_not_seen")
         check_length(self._model, len(input_ids))
-        positions, offset = self._model.model.get_rope_index(
-            inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
-        )
+        token_types, grids = is_image.to(torch.int64), torch.cat([image.grid for image in images])
+        pixels = torch.cat([image.values for image in images])
+        positions, offset = self._model.model.get_rope_index(input_ids[None], token_types[None], image_grid_thw=grids)
         return Prompt(
             input_ids=input_ids,
-            token_types=inputs["mm_token_type_ids"][0],
-            pixel_values=inputs["pixel_values"],
-            image_grid_thw=inputs["image_grid_thw"],
-            image_tokens=image_tokens,
+            token_types=token_types,
+            pixel_values=pixels,
+            image_grid_thw=grids,
+            image_tokens=sum(counts),
             positions=positions[:, 0],
             next_position=len(input_ids) + int(offset),
-            image_key=content_hash(inputs["pixel_values"], inputs["image_grid_thw"]) if self._images.is_on else None,
+            image_key=content_hash(pixels, grids) if self._images.is_on else None,
         )
+
+    def _with_places(self, text: str, counts: Sequence[int]) -> str:
+        """The text with as many image tokens in each image's place as the image has; as the processor writes it."""
+        before, *behind = text.split(self._image_token)
+        if len(behind) != len(counts):
+            raise InternalError("The model would not have seen the image.", code="image_not_seen")
+        pairs = zip(counts, behind, strict=True)
+        return before + "".join(self._image_token * count + rest for count, rest in pairs)
+
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess(image, golden.PROMPT)
 
     def generate(
         self,
@@ -229,25 +239,9 @@ class QwenVL:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    @property
-    def _patch_side(self) -> int:
-        """Pixels of a side of what becomes one token."""
-        processor = self._processor.image_processor
-        return int(processor.patch_size) * int(processor.merge_size)
-
-    def _seen_pixels(self, image: Image.Image) -> int:
-        size = self._processor.image_processor.size
-        height, width = smart_resize(
-            image.height,
-            image.width,
-            factor=self._patch_side,
-            min_pixels=size["shortest_edge"],
-            max_pixels=size["longest_edge"],
-        )
-        return height * width
 
 
-def _content(part: str | Image.Image) -> dict[str, str]:
+def _content(part: str | Image.Image | Patches) -> dict[str, str]:
     return {"type": "text", "text": as_plain_text(part)} if isinstance(part, str) else {"type": "image"}
 
 

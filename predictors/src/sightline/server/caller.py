@@ -1,4 +1,4 @@
-"""What a caller says around its request, in HTTP headers and gRPC metadata alike: id, key, deadline, trace."""
+"""What a caller says around its request, in HTTP headers and gRPC metadata alike: id, key, deadline, trace, rank."""
 
 import re
 import uuid
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from sightline.errors import BadRequest, InvalidApiKey, InvalidParameter
-from sightline.wire import REQUEST_ID_HEADER, TIMEOUT_HEADER, Context, Deadline
+from sightline.wire import BATCH_PRIORITY, PRIORITY_HEADER, REQUEST_ID_HEADER, TIMEOUT_HEADER, Context, Deadline
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(
@@ -37,7 +37,7 @@ def context_of(
     usual_seconds: float | None = None,
     address: str = "",
 ) -> Context:
-    """Who calls, until when, and as part of which trace.
+    """Who calls, until when, as part of which trace, and whether anybody waits for it.
 
     headers          by their names in lower case
     longest_seconds  of the deadline; the caller may ask for less
@@ -61,6 +61,7 @@ def context_of(
         principal=principal,
         traceparent=traceparent if is_traced else None,
         tracestate=tracestate if is_traced and _TRACESTATE.fullmatch(tracestate) else None,
+        is_batch=headers.get(PRIORITY_HEADER, "").strip().lower() == BATCH_PRIORITY,
         address=address,
     )
 

@@ -3,7 +3,7 @@
 KServe 0.21's servicer maps its own errors to UNKNOWN, takes 8 MiB, asks for no key and lets anybody unload a model
 (reference/kserve.md §1.3), so this one is ours, on KServe's messages. Tensors always leave as `raw_output_contents`.
 
-    in       x-api-key or authorization, x-request-id, x-request-timeout-ms, traceparent, tracestate
+    in       x-api-key or authorization, x-request-id, x-request-timeout-ms, traceparent, tracestate, x-priority
     out      x-request-id; with an error also error-code (stable, as over HTTP) and retry-after in seconds
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import orjson
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sightline.errors import InternalError, PayloadTooLarge, SightlineError
@@ -66,7 +66,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        headers = Headers(scope=scope)
+        headers = _headers(scope)
         request_id = caller_id(headers)
         response = _Response(send, {REQUEST_ID_HEADER: request_id, **self._always})
         limit = self._limits.get(scope["path"], self._settings.max_request_bytes)
@@ -78,13 +78,13 @@ class Guard:
         except Exception as error:
             await self._answer(scope, error, response, request_id)
         finally:
-            _record(scope, response, request_id, time.monotonic() - started, is_gone=body.is_gone)
+            trace = trace_id(headers.get("traceparent"))
+            _record(scope, response, request_id, time.monotonic() - started, trace, is_gone=body.is_gone)
 
-    def _context(self, scope: Scope, headers: Headers, request_id: str) -> Context:
-        given = {name: ",".join(headers.getlist(name)) if name == "tracestate" else headers[name] for name in headers}
+    def _context(self, scope: Scope, headers: Mapping[str, str], request_id: str) -> Context:
         told = self._settings
         return context_of(
-            given,
+            headers,
             request_id,
             _Inside(scope[PRINCIPAL]) if PRINCIPAL in scope else self._keys,
             told.deadline_seconds,
@@ -204,7 +204,19 @@ def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"The request has more than {limit} bytes.", code="request_too_large")
 
 
-def _check_length(headers: Headers, limit: int) -> None:
+def _headers(scope: Scope) -> dict[str, str]:
+    """Headers by their names in lower case, the first of each; all of `tracestate`, which may come in parts."""
+    found: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        if name not in found:
+            found[name] = value
+        elif name == "tracestate":
+            found[name] += f",{value}"
+    return found
+
+
+def _check_length(headers: Mapping[str, str], limit: int) -> None:
     length = headers.get("content-length")
     if length is None or not length.isascii() or not length.isdigit():
         return
@@ -212,7 +224,9 @@ def _check_length(headers: Headers, limit: int) -> None:
         raise _too_large(limit)
 
 
-def _record(scope: Scope, response: _Response, request_id: str, seconds: float, *, is_gone: bool) -> None:
+def _record(
+    scope: Scope, response: _Response, request_id: str, seconds: float, trace: str | None, *, is_gone: bool
+) -> None:
     status = response.status if response.status is not None else (499 if is_gone else 500)
     route = getattr(scope.get("route"), "path", None) or "unmatched"
     method = scope["method"] if scope["method"] in _METHODS else "other"  # clients must not invent time series
@@ -227,5 +241,5 @@ def _record(scope: Scope, response: _Response, request_id: str, seconds: float, 
         status,
         seconds * 1000,
         request_id,
-        f" trace_id={trace}" if (trace := trace_id(Headers(scope=scope).get("traceparent"))) else "",
+        f" trace_id={trace}" if trace else "",
     )

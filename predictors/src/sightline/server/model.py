@@ -10,9 +10,10 @@ from typing import Any, ClassVar, cast
 
 from kserve import Model
 
+from sightline.engines.health import MemoryHealth
 from sightline.errors import NotSupported, QueueFull, Unavailable
 from sightline.server import metrics
-from sightline.services.base import ChatService, Service
+from sightline.services.base import ChatService, OwnsMemory, Service
 from sightline.services.blip import BlipService
 from sightline.services.describe import DescribeService
 from sightline.services.embed import EmbedService
@@ -23,6 +24,7 @@ from sightline.settings import (
     BlipSettings,
     DescribeSettings,
     EmbedSettings,
+    EngineSettings,
     EnhanceSettings,
     GenerateSettings,
     PipelineSettings,
@@ -41,21 +43,27 @@ class Call:
     context: Context
 
 
+BATCH_SHARE = 0.5
+"""Of a queue's places, those that batches may fill."""
+
+
 class Admission:
     """A bound on items that are queued or running, taken before any work is done for them."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._limit, self._batch_limit = limit, max(1, int(limit * BATCH_SHARE))
         self._items = 0
         self._seconds_per_item = 1.0
 
     @contextmanager
-    def admit(self, items: int) -> Generator[None]:
+    def admit(self, items: int, *, is_batch: bool = False) -> Generator[None]:
         """Hold permits for `items`. Raises QueueFull (429) with the time that the waiting ones will take.
+
+        is_batch  only while less than half of the places are taken, by whomever: the others are for people
 
         An idle server takes a request of any size, so that a limit below the size of one call blocks nobody.
         """
-        if self._items and self._items + items > self._limit:
+        if self._items and self._items + items > (self._batch_limit if is_batch else self._limit):
             raise QueueFull(
                 "Too many requests are waiting; try again later.",
                 retry_after=min(60.0, max(1.0, self._items * self._seconds_per_item)),
@@ -90,10 +98,13 @@ class PredictorModel(Model):
         self.has_loaded = False
         self._admission = Admission(settings.queue_size)
         self._loading: asyncio.Task[None] | None = None
+        self._trial: asyncio.Task[None] | None = None
+        if self._health is not None and isinstance(settings, EngineSettings):
+            self._health.limit = settings.max_out_of_memory
 
     def load(self) -> bool:
         """KServe calls this on the event loop when a model is not healthy; loading is under way already."""
-        return self.has_loaded
+        return self.has_loaded and self.fault is None
 
     def start(self) -> None:
         """KServe would set `ready` here."""
@@ -116,13 +127,41 @@ class PredictorModel(Model):
     async def shut_down(self) -> None:
         """Called once, after the last request was answered."""
         self.has_loaded = False
-        if self._loading is not None and not self._loading.done():
-            self._loading.cancel()
+        for task in (self._loading, self._trial):
+            if task is not None and not task.done():
+                task.cancel()
         await self.service.close()
 
     async def healthy(self) -> bool:
-        """Whether requests can be answered."""
-        return self.has_loaded
+        """Whether requests can be answered; asking finds out whether memory that ran out is there again."""
+        health = self._health
+        if self.has_loaded and health is not None and health.wants_trial():
+            self._trial = asyncio.create_task(self._try_again())
+        return self.unready is None
+
+    @property
+    def unready(self) -> str | None:
+        """Why requests cannot be answered, in one stable word; None when they can."""
+        if not self.has_loaded:
+            return "loading"
+        if self.fault is not None:
+            return "engine_dead"
+        return "out_of_memory" if self._health is not None and self._health.is_exhausted else None
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, such as the end of the engine's process; None for most services."""
+        return cast("str | None", getattr(self.service, "fault", None))
+
+    @property
+    def _health(self) -> MemoryHealth | None:
+        return self.service.health if isinstance(self.service, OwnsMemory) else None
+
+    async def _try_again(self) -> None:
+        try:
+            await cast("OwnsMemory", self.service).try_again()
+        except Exception as error:
+            log.warning("still not ready model=%s reason=out_of_memory: %s", self.name, error)
 
     def validate(self, payload: Any) -> Any:  # noqa: ANN401 - KServe's signature
         """Our bodies were checked when they were parsed."""
@@ -131,7 +170,10 @@ class PredictorModel(Model):
     async def run(self, requests: Sequence[Any], context: Context) -> Sequence[Any]:
         """Requests in, results out, same length and order. Raises Unavailable (503), QueueFull (429)."""
         self.check_loaded()
-        with self._admission.admit(len(requests)), metrics.in_flight(self.name, len(requests)):
+        with (
+            self._admission.admit(len(requests), is_batch=context.is_batch),
+            metrics.in_flight(self.name, len(requests)),
+        ):
             # KServe types bodies and answers as its own; they pass through it untouched.
             results, _ = await cast("Any", self)(Call(requests, context))
         return results
@@ -143,7 +185,7 @@ class PredictorModel(Model):
         """
         self.check_loaded()
         service = cast("ChatService[Any]", self.service)
-        with self._admission.admit(1), metrics.in_flight(self.name, 1):
+        with self._admission.admit(1, is_batch=context.is_batch), metrics.in_flight(self.name, 1):
             async with aclosing(service.stream(request, context)) as parts:
                 async for part in parts:
                     if isinstance(part, Completion):

@@ -7,12 +7,13 @@ has none, and lets anybody unload the model (reference/kserve.md §0). A route t
 import asyncio
 import gzip
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 
 from sightline import __version__, v2
 from sightline.errors import BadRequest, NotFound, NotSupported, PayloadTooLarge
@@ -58,6 +59,7 @@ class Protocols:
                 self._infer,
                 methods=["POST"],
                 openapi_extra=_INFER_OPENAPI,
+                route_class_override=_Bare,
                 **shown,
             )
         add(
@@ -81,7 +83,7 @@ class Protocols:
     async def _ready(self) -> Response:
         """True when every model is loaded; 503 until then."""
         is_ready = all([await model.healthy() for model in self._models.values()])
-        return _readiness({"ready": is_ready}, is_ready=is_ready)
+        return _readiness({"ready": is_ready}, None if is_ready else _reason(self._models.values()))
 
     async def _list(self) -> Json:
         """Names of the models."""
@@ -122,8 +124,9 @@ class Protocols:
 
     async def _model_ready(self, model_name: str, model_version: str | None = None) -> Response:
         """True when the model is loaded; 503 until then."""
-        is_ready = await self._model(model_name, model_version).healthy()
-        return _readiness({"name": model_name, "ready": is_ready}, is_ready=is_ready)
+        model = self._model(model_name, model_version)
+        is_ready = await model.healthy()
+        return _readiness({"name": model_name, "ready": is_ready}, None if is_ready else _reason([model]))
 
     async def _infer(self, request: Request, model_name: str, model_version: str | None = None) -> Response:
         """V2 inference: JSON or the binary tensor extension, optionally compressed."""
@@ -178,6 +181,16 @@ class Protocols:
         return model
 
 
+class _Bare(APIRoute):
+    """A route whose only parameters are the request and text of its path: FastAPI need not look for others."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handler(request: Request) -> Response:
+            return await self.endpoint(request, **request.path_params)
+
+        return handler
+
+
 LARGE_BYTES = 1 << 20
 
 
@@ -193,10 +206,22 @@ def check_outputs(request: v2.InferRequest, model: PredictorModel) -> None:
         raise BadRequest("A requested output does not exist.", code="unknown_output")
 
 
-def _readiness(body: Json, *, is_ready: bool) -> Response:
-    if is_ready:
+_UNREADY = {
+    "loading": ("The model is still loading.", "model_not_ready"),
+    "out_of_memory": ("The device had no memory for the last requests.", "out_of_memory"),
+}
+
+
+def _reason(models: Iterable[PredictorModel]) -> str:
+    """Why the first of them that is not ready is not."""
+    return next((model.unready for model in models if model.unready), "loading")
+
+
+def _readiness(body: Json, reason: str | None) -> Response:
+    if reason is None:
         return json_response(body)
-    body |= {"error": "The model is still loading.", "code": "model_not_ready"}
+    error, code = _UNREADY[reason]
+    body |= {"error": error, "code": code, "reason": reason}
     return json_response(body, status_code=503, headers={"Retry-After": "5"})
 
 

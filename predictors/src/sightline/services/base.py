@@ -6,13 +6,14 @@ The server (the only importer of kserve) wraps a `Service` into a KServe `Model`
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import orjson
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from sightline import v2
+from sightline.engines.health import MemoryHealth
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory, SightlineError
 from sightline.sources import parse_source
 from sightline.wire import (
@@ -97,6 +98,20 @@ class Service(Protocol[Req, Prepared, Res]):
 
     def router(self, run: Run) -> APIRouter:
         """The service's own routes; each hands its requests to `run`."""
+        ...
+
+
+@runtime_checkable
+class OwnsMemory(Protocol):
+    """What a service has whose model lives on a device of this process."""
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Whether its device had the memory for what it was asked lately; None where the model is elsewhere."""
+        ...
+
+    async def try_again(self) -> None:
+        """Answer something small, so that a device that has memory again is found out. Raises what answering raises."""
         ...
 
 

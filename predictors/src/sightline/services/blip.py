@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from sightline import v2, web
+from sightline.engines.health import MemoryHealth
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -21,7 +22,7 @@ from sightline.errors import (
     SourceRefused,
     Unavailable,
 )
-from sightline.images import Decoder, Limits
+from sightline.images import Decoder
 from sightline.jobs.batches import Batches, BatchState
 from sightline.jobs.objects import open_store
 from sightline.services.base import (
@@ -104,14 +105,15 @@ class BlipService:
             self._load_model, max_batch=settings.max_batch, threads=settings.decode_threads
         )
         self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
+        self._decoder = Decoder.from_settings(settings)
         self._batches: Batches | None = None
         self._run: Run | None = None
 
     def _load_model(self) -> "Blip":
         from sightline.models.blip import Blip
+        from sightline.models.selfcheck import checked
 
-        return Blip(self._settings)
+        return checked(Blip, self._settings)
 
     async def load(self) -> None:
         store = open_store(
@@ -136,6 +138,15 @@ class BlipService:
         await self._sources.aclose()
         self._decoder.close()
 
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._generation.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._generation.try_again()
+
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""
         return self._generation.metadata()
@@ -150,8 +161,14 @@ class BlipService:
     async def _prompt(self, model: "Blip", request: CaptionRequest) -> "Prompt":
         data = await self._sources.fetch(request.image)
         side = DETAIL_KEPT * model.image_side
-        image = await self._decoder.decode(data, max_width=side, max_height=side)
-        return await self._generation.in_pool(lambda: model.preprocess(image, request.prefix))
+        pixels = model.pixels
+        return await self._decoder.prepare(
+            data,
+            pixels.wanted,
+            lambda picture: model.preprocess(pixels.patches(picture.image, picture.size), request.prefix),
+            max_width=side,
+            max_height=side,
+        )
 
     async def predict(self, prepared: _Prepared, context: Context) -> list[Completion]:
         model = self._generation.model

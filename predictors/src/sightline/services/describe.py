@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from sightline import v2
+from sightline.engines.health import MemoryHealth
 from sightline.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -85,8 +86,9 @@ class DescribeService:
 
     def _load_model(self) -> "QwenVL":
         from sightline.models.qwen_vl import QwenVL
+        from sightline.models.selfcheck import checked
 
-        return QwenVL(self._settings)
+        return checked(QwenVL, self._settings)
 
     async def load(self) -> None:
         store = open_store(
@@ -103,6 +105,20 @@ class DescribeService:
         if self._runs is not None:
             await self._runs.close(self._settings.grace_seconds)
         await self._conversations.close()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._conversations.fault
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._conversations.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._conversations.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

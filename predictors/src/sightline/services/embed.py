@@ -14,10 +14,11 @@ import numpy as np
 import orjson
 from fastapi import APIRouter
 
-from sightline import v2
+from sightline import golden, v2
+from sightline.engines.health import MemoryHealth
 from sightline.engines.hf import HFEngine
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory, SightlineError, Unavailable
-from sightline.images import Decoder, Limits
+from sightline.images import Decoder, Picture
 from sightline.services import embed_openapi as openapi
 from sightline.services.base import Json, Run, demo_fields, instances_of, reject_unknown_inputs, together
 from sightline.services.embed_bodies import (
@@ -37,10 +38,10 @@ from sightline.services.embed_bodies import (
 )
 from sightline.services.embed_routes import EmbedRoutes
 from sightline.services.encodings import Vectors
-from sightline.services.generation import within
+from sightline.services.generation import TRIAL_SECONDS, within
 from sightline.settings import EmbedSettings
 from sightline.sources import Sources, parse_source
-from sightline.wire import Context, ImageSource, Usage
+from sightline.wire import Context, Deadline, ImageSource, Usage
 
 if TYPE_CHECKING:
     from sightline.models.colqwen import ColQwen, Item
@@ -85,15 +86,14 @@ class EmbedService:
             max_cost=settings.max_batch_tokens,
         )
         self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
+        self._decoder = Decoder.from_settings(settings)
         self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="preprocess")
-        # A decoded page may be 120 MB: no more of them are alive than are being worked on.
-        self._pages = asyncio.Semaphore(settings.decode_threads)
 
     def _load_model(self) -> "ColQwen":
         from sightline.models.colqwen import ColQwen
+        from sightline.models.selfcheck import checked
 
-        return ColQwen(self._settings)
+        return checked(ColQwen, self._settings)
 
     async def load(self) -> None:
         await self._engine.start()
@@ -103,6 +103,17 @@ class EmbedService:
         await self._sources.aclose()
         self._decoder.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def health(self) -> MemoryHealth:
+        """Of the device's memory."""
+        return self._engine.health
+
+    async def try_again(self) -> None:
+        """Embed something small; see `MemoryHealth.wants_trial`."""
+        model = self._engine.model
+        item = await self._in_pool(lambda: model.trial(golden.picture()))
+        await self._engine.generate(item, None, Deadline.after(TRIAL_SECONDS))
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""
@@ -142,13 +153,19 @@ class EmbedService:
     async def _page(
         self, model: "ColQwen", data: bytes, *, is_halved: bool = False, keeps_picture: bool = False
     ) -> tuple["Item", Any]:
-        async with self._pages:
-            image = await self._decoder.decode(data)
-            item = await self._in_pool(lambda: model.preprocess_page(image, is_halved=is_halved))
-            if keeps_picture:
-                image.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
-                return item, image
-            return item, None
+        """The page as the model takes it, and when asked for, as a picture to draw over."""
+        pixels = model.pixels
+        prepare = pixels.halved if is_halved else pixels.patches
+
+        def make(picture: Picture) -> "tuple[Item, Any]":
+            item = model.preprocess_page(prepare(picture.image, picture.size))
+            if not keeps_picture:
+                return item, None
+            picture.image.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+            return item, picture.image
+
+        # What is drawn over is seen by a person, so nothing of it may be left out.
+        return await self._decoder.prepare(data, None if keeps_picture else pixels.wanted, make)
 
     async def predict(self, prepared: _Prepared, context: Context) -> list[Outcome]:
         is_alone = len(prepared.items) == 1

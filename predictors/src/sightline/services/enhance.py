@@ -11,6 +11,7 @@ from fastapi import APIRouter
 
 from sightline import v2
 from sightline.engines.base import Generated
+from sightline.engines.health import MemoryHealth
 from sightline.errors import BadRequest, SightlineError
 from sightline.services.base import (
     Json,
@@ -62,18 +63,35 @@ class EnhanceService:
         self.name = settings.model_name
         self._settings = settings
         self._defaults = Sampling(max_tokens=settings.max_tokens)
-        self._generation: Generation[GptOss] = Generation(self._load_model, max_batch=settings.max_batch, threads=1)
+        self._generation: Generation[GptOss] = Generation(
+            self._load_model, max_batch=settings.max_batch, threads=1, settings=settings
+        )
 
     def _load_model(self) -> "GptOss":
         from sightline.models.gpt_oss.model import GptOss
+        from sightline.models.selfcheck import checked
 
-        return GptOss(self._settings)
+        return checked(GptOss, self._settings)
 
     async def load(self) -> None:
         await self._generation.start()
 
     async def close(self) -> None:
         await self._generation.close()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._generation.fault
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._generation.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._generation.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors. Raises Unavailable (503) before the model is loaded."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import APIRouter, Request, Response
 
 from sightline import v2
+from sightline.engines.health import MemoryHealth
 from sightline.errors import BadRequest, InvalidParameter
 from sightline.services.base import (
     Json,
@@ -65,14 +66,29 @@ class GenerateService:
 
     def _load_model(self) -> "KimiVL":
         from sightline.models.kimi_vl.model import KimiVL
+        from sightline.models.selfcheck import checked
 
-        return KimiVL(self._settings)
+        return checked(KimiVL, self._settings)
 
     async def load(self) -> None:
         await self._conversations.start()
 
     async def close(self) -> None:
         await self._conversations.close()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._conversations.fault
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        """Of the device's memory; None where the model is elsewhere."""
+        return self._conversations.health
+
+    async def try_again(self) -> None:
+        """Answer something small; see `MemoryHealth.wants_trial`."""
+        await self._conversations.try_again()
 
     def metadata(self) -> dict[str, v2.Scalar]:
         """What V2 metadata says beside the tensors: also how the weights are held, in bytes per dtype (B1).

@@ -6,13 +6,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
+from sightline import golden
+from sightline.engines import vllm
 from sightline.engines.base import Generated, GenerativeModel
+from sightline.engines.health import MemoryHealth
 from sightline.engines.hf import HFEngine
 from sightline.engines.text import Pieces
+from sightline.engines.vllm import VLLMEngine
 from sightline.errors import DeadlineExceeded, OutOfMemory
 from sightline.services.base import Json, demo_fields, item_error, item_errors, together
+from sightline.settings import VllmSettings
 from sightline.v2 import Scalar
 from sightline.wire import Completion, Context, Deadline, ModelInfo, Sampling, Usage
 
@@ -21,6 +27,8 @@ T = TypeVar("T")
 
 JOIN_COST = 16_384
 """Tokens and patches of the prompts that are read in one go; a larger prompt goes alone."""
+TRIAL_SECONDS = 60.0
+"""For the small item that an engine is tried with after it ran out of memory."""
 
 Outcome = Completion | OutOfMemory
 """What became of one item of a call. An item that does not fit the device fails alone when others are in the call."""
@@ -29,18 +37,38 @@ Outcome = Completion | OutOfMemory
 class Generation(Generic[Model]):
     """An engine with its preprocessing pool, and the life of both.
 
-    load   builds the model, on the engine's thread
+    load      builds the model, on the engine's thread
+    settings  of a predictor that vLLM may answer for; without them the engine is `hf`
     """
 
-    def __init__(self, load: Callable[[], Model], *, max_batch: int, threads: int) -> None:
-        self.engine: HFEngine[Model, Any, Sampling, Generated] = HFEngine(
-            load, max_batch=max_batch, cost=lambda prompt: prompt.cost, max_cost=JOIN_COST
+    def __init__(
+        self, load: Callable[[], Model], *, max_batch: int, threads: int, settings: VllmSettings | None = None
+    ) -> None:
+        self.engine: HFEngine[Model, Any, Sampling, Generated] | VLLMEngine[Any] = (
+            VLLMEngine(load, partial(vllm.connect, settings), sleep_seconds=settings.vllm_sleep_seconds)
+            if settings is not None and settings.engine == "vllm"
+            else HFEngine(load, max_batch=max_batch, cost=lambda prompt: prompt.cost, max_cost=JOIN_COST)
         )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
 
     @property
     def model(self) -> Model:
         return self.engine.model
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self.engine.fault
+
+    @property
+    def health(self) -> MemoryHealth | None:
+        return self.engine.health
+
+    async def try_again(self) -> None:
+        """Answer something small, for an engine that ran out of memory. Raises what the engine raises."""
+        model = self.model
+        prompt = await self.in_pool(lambda: model.trial(golden.picture()))
+        await self.engine.generate(prompt, Sampling(max_tokens=1), Deadline.after(TRIAL_SECONDS))
 
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""

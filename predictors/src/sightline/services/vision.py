@@ -14,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from sightline.engines.base import Generated, GenerativeModel
+from sightline.engines.health import MemoryHealth
 from sightline.errors import BadRequest, InvalidParameter, OutOfMemory
-from sightline.images import Decoder, Limits
+from sightline.images import Decoder
 from sightline.services.base import s3_source, settled, together
 from sightline.services.generation import Generation, Outcome, completion, within
-from sightline.settings import EngineSettings
+from sightline.settings import VisionSettings
 from sightline.sources import Sources, parse_source
 from sightline.v2 import Scalar
 from sightline.wire import (
@@ -33,17 +34,19 @@ from sightline.wire import (
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from sightline.models.pixels import Patches, Pixels
 
 log = logging.getLogger("sightline.services")
 
-Message = tuple[Literal["system", "user", "assistant"], Sequence["str | Image.Image"]]
+Message = tuple[Literal["system", "user", "assistant"], Sequence["str | Patches"]]
 
 
 class VisionModel(GenerativeModel[Any], Protocol):
     """A model that reads images and text, such as `models.qwen_vl.QwenVL`."""
 
-    def preprocess_chat(self, messages: Sequence[Message], *, at_half: bool = False) -> Any: ...  # noqa: ANN401
+    @property
+    def pixels(self) -> "Pixels": ...
+    def preprocess_chat(self, messages: Sequence[Message]) -> Any: ...  # noqa: ANN401
     def postprocess(self, generated: Generated) -> str: ...
 
 
@@ -65,16 +68,26 @@ class Conversations(Generic[Model]):
     max_width  of images whose request says nothing; the height is bounded by twice the width
     """
 
-    def __init__(self, load: Callable[[], Model], settings: EngineSettings, *, max_width: int) -> None:
-        self._generation = Generation(load, max_batch=settings.max_batch, threads=settings.decode_threads)
+    def __init__(self, load: Callable[[], Model], settings: VisionSettings, *, max_width: int) -> None:
+        self._generation = Generation(
+            load, max_batch=settings.max_batch, threads=settings.decode_threads, settings=settings
+        )
         self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
+        self._decoder = Decoder.from_settings(settings)
         self._max_width = max_width
 
     @property
     def model(self) -> Model:
         """The loaded model. Raises Unavailable (503) before it is there."""
         return self._generation.model
+
+    @property
+    def health(self) -> MemoryHealth:
+        return self._generation.health
+
+    async def try_again(self) -> None:
+        """See `Generation.try_again`."""
+        await self._generation.try_again()
 
     @property
     def info(self) -> ModelInfo:
@@ -84,6 +97,11 @@ class Conversations(Generic[Model]):
     def metadata(self) -> dict[str, Scalar]:
         """What V2 metadata says of the loaded model. Raises Unavailable (503) before it is there."""
         return self._generation.metadata()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be answered any more, or None."""
+        return self._generation.fault
 
     async def start(self) -> None:
         """Load; raises what loading raised."""
@@ -160,16 +178,24 @@ class Conversations(Generic[Model]):
         model = self.model
         width = request.max_width or self._max_width
         sources = [source for turn in request.turns for source in turn.images]
-        pictures = iter(await together(self._picture(source, width) for source in sources))
+        seen = iter(await together(self._patches(source, width, at_half=at_half) for source in sources))
         messages: list[Message] = [
-            (turn.role, [part if isinstance(part, str) else next(pictures) for part in turn.parts])
+            (turn.role, [part if isinstance(part, str) else next(seen) for part in turn.parts])
             for turn in request.turns
         ]
-        return await self._generation.in_pool(lambda: model.preprocess_chat(messages, at_half=at_half))
+        return await self._generation.in_pool(lambda: model.preprocess_chat(messages))
 
-    async def _picture(self, source: ImageSource, width: int) -> "Image.Image":
+    async def _patches(self, source: ImageSource, width: int, *, at_half: bool) -> "Patches":
         data = await self._sources.fetch(source)
-        return await self._decoder.decode(data, max_width=width, max_height=2 * width)
+        pixels = self.model.pixels
+        make = pixels.halved if at_half else pixels.patches
+        return await self._decoder.prepare(
+            data,
+            pixels.wanted,
+            lambda picture: make(picture.image, picture.size),
+            max_width=width,
+            max_height=2 * width,
+        )
 
     def _finish(
         self, request: ChatRequest, generated: Generated, *, started: float, downscaled: bool = False

@@ -14,7 +14,7 @@ from sightline.engines.breaker import CircuitBreaker
 from sightline.engines.remote import RemoteStep, new_client
 from sightline.engines.remote_openai import OpenAI
 from sightline.errors import OutOfMemory
-from sightline.images import Decoder, Limits, encode, media_type
+from sightline.images import Decoder, encode, media_type
 from sightline.services.base import settled, together
 from sightline.services.generation import Outcome, within
 from sightline.services.vision import Prepared, tags_of
@@ -40,10 +40,19 @@ class RemoteConversations:
         self.breaker = CircuitBreaker()
         self._step = RemoteStep(OpenAI(self._url, self._model), key, self._client, step="remote", breaker=self.breaker)
         self._sources = Sources(settings)
-        self._decoder = Decoder(Limits.from_settings(settings), threads=settings.decode_threads)
+        self._decoder = Decoder.from_settings(settings)
         self._max_width = max_width
         self.info = ModelInfo(self._model, "unknown")
         """Which model answers, as it last said."""
+        self.fault: str | None = None
+        """Nothing is given up for good: the breaker asks again."""
+
+    @property
+    def health(self) -> None:
+        """Its memory is its own affair."""
+
+    async def try_again(self) -> None:
+        """Nothing to try here."""
 
     def metadata(self) -> dict[str, Scalar]:
         """What is known without asking."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
+
+import orjson
 
 from sightline_operator.render.names import child_name, digest, label_value, without_empty
 from sightline_operator.settings import API_VERSION, OWNED_LABEL, OWNED_VALUE, PART_OF, RenderSettings
@@ -99,7 +100,7 @@ def sealed(manifest: Mapping[str, Any]) -> Manifest:
     KServe copies an InferenceService's annotations into its pods. So theirs must not change unless new pods are
     wanted: no render version there, and the fingerprint leaves out owner and scale. `is_applied` looks at those.
     """
-    answer: Manifest = json.loads(json.dumps(manifest))  # plain JSON, no part of it shared
+    answer: Manifest = orjson.loads(orjson.dumps(manifest))  # plain JSON, no part of it shared
     annotations = cast("dict[str, str]", answer["metadata"].setdefault("annotations", {}))
     if answer["kind"] != "InferenceService":
         annotations[RENDERED_BY] = str(VERSION)

@@ -90,6 +90,10 @@ class GptOss:
         check_length(self._model, len(ids))
         return Prompt(ids)
 
+    def trial(self, image: Any) -> Prompt:  # noqa: ANN401 - which this model does not see
+        """A short prompt, for the checks at start and after memory ran out."""
+        return self.preprocess([Turn("user", ("a red square on a white background",))], "low")
+
     def generate(
         self,
         batch: Sequence[Prompt],
@@ -208,5 +212,6 @@ def _refuse_dequantised(name: str, model: Any) -> None:  # noqa: ANN401
     if getattr(config, "quant_method", None) == "mxfp4" and getattr(config, "dequantize", False):
         raise LoadFailed(
             f"{name}: its MXFP4 weights were dequantised to {model.dtype}, four times their size, "
-            "because the kernels for them are not there; serve it with an engine that has them"
+            "because the kernels for them are not there; serve it with an engine that has them",
+            reason="weights_dequantised",
         )

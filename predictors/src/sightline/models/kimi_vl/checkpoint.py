@@ -60,7 +60,10 @@ def fill(
                 faults.append(f"{name} is {fault}")
     faults += [f"{name} is missing" for name, tensor in wanted.items() if filled[name] != tensor.numel()]
     if faults:
-        raise LoadFailed(f"{files[0].parent}: {len(faults)} faults: {'; '.join(faults[:5])}")
+        raise LoadFailed(
+            f"{files[0].parent}: {len(faults)} faults: {'; '.join(faults[:5])}",
+            reason="weights_missing" if "is missing" in faults[0] else "weights_mismatched",
+        )
     for module in model.modules():  # the tables that follow from the configuration
         for name, tensor in module.named_buffers(recurse=False):
             if name in module._non_persistent_buffers_set:

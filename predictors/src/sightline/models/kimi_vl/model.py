@@ -17,20 +17,29 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from sightline import golden
 from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
 from sightline.engines.images import ImageCache, content_hash
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
-from sightline.images import scaled
 from sightline.models.kimi_vl.processing import control_ids
 from sightline.models.kimi_vl.quantize import Room, Scheme, bytes_per_dtype
-from sightline.models.loading import LoadFailed, check_kind, check_length, model_info, repetition_penalty
+from sightline.models.loading import (
+    LoadFailed,
+    check_kind,
+    check_length,
+    is_elsewhere,
+    model_info,
+    repetition_penalty,
+    without_weights,
+)
+from sightline.models.pixels import KimiPixels, Patches
 from sightline.settings import GenerateSettings, cpu_quota
 from sightline.wire import Sampling
 
 Role = Literal["system", "user", "assistant"]
-Message = tuple[Role, Sequence[str | Image.Image]]
+Message = tuple[Role, Sequence[str | Image.Image | Patches]]
 """Who speaks, and the texts and images in the order in which they stand."""
 
 GPU_SHARE = 0.85
@@ -75,14 +84,18 @@ class KimiVL:
         }
         processor: Any = AutoProcessor.from_pretrained(settings.model, **where)
         self._tokenizer: Any = processor.tokenizer
-        self._image_processor: Any = processor.image_processor
+        self.pixels = KimiPixels.of(processor.image_processor)
         self.quantization = _scheme(settings, where)
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(
-            settings.model,
-            dtype=settings.dtype,
-            quantization=self.quantization,
-            rooms=_rooms(settings),
-            **where,
+        self._model: Any = (
+            without_weights(AutoModelForImageTextToText, settings)
+            if is_elsewhere(settings)
+            else AutoModelForImageTextToText.from_pretrained(
+                settings.model,
+                dtype=settings.dtype,
+                quantization=self.quantization,
+                rooms=_rooms(settings),
+                **where,
+            )
         )
         self._ids = control_ids(self._tokenizer, self._model.config.image_token_id)
         # A copy of its own: transformers sets this switch anew at every call of the tokenizer.
@@ -106,15 +119,14 @@ class KimiVL:
 
         Raises InvalidParameter (422, prompt_too_long) when they are more than the model's context.
 
-        messages   RGB images of any size; larger ones are shrunk to the processor's limit of patches
-        at_half    half the pixels of each image that the model would see otherwise
+        messages   RGB images of any size (larger ones are shrunk to the limit of patches), or already Patches
+        at_half    half the pixels of each image that the model would see otherwise; Patches are taken as they are
         """
-        images = [part for _, parts in messages for part in parts if not isinstance(part, str)]
-        if at_half:
-            images = [scaled(image, self._seen_pixels(image) / 2) for image in images]
-        pixels, grids = self._patches(images)
-        counts = [int(grid.prod()) // self._image_processor.merge_size**2 for grid in grids]
-        if len(counts) != len(images) or 0 in counts:
+        prepare = self.pixels.halved if at_half else self.pixels.patches
+        seen = [part for _, parts in messages for part in parts if not isinstance(part, str)]
+        images = [part if isinstance(part, Patches) else prepare(part) for part in seen]
+        counts = [int(image.grid.prod()) // self.pixels.merge**2 for image in images]
+        if 0 in counts:
             raise InternalError("The model would not have seen an image.", code="image_not_seen")
         waiting = iter(counts)
         ids: list[int] = []
@@ -125,8 +137,15 @@ class KimiVL:
             ids.append(self._ids["<|im_end|>"])
         ids += self._speaker("assistant")
         check_length(self._model, len(ids))
-        key = content_hash(pixels, grids) if pixels is not None and self._images.is_on else None
-        return Prompt(torch.tensor(ids), pixels, grids if images else None, sum(counts), key)
+        if not images:
+            return Prompt(torch.tensor(ids), None, None, 0)
+        pixels, grids = torch.cat([image.values for image in images]), torch.cat([image.grid for image in images])
+        key = content_hash(pixels, grids) if self._images.is_on else None
+        return Prompt(torch.tensor(ids), pixels, grids, sum(counts), key)
+
+    def trial(self, image: Image.Image) -> Prompt:
+        """A short prompt about an image, for the checks at start and after memory ran out."""
+        return self.preprocess([image], golden.PROMPT)
 
     def generate(
         self,
@@ -214,16 +233,6 @@ class KimiVL:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def _seen_pixels(self, image: Image.Image) -> int:
-        processor = self._image_processor
-        return min(image.width * image.height, int(processor.max_patches) * int(processor.patch_size) ** 2)
-
-    def _patches(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if not images:
-            return None, torch.empty((0, 3), dtype=torch.int64)
-        patches = self._image_processor(list(images), return_tensors="pt")
-        return patches["pixel_values"], patches["image_grid_thw"]
-
     def _speaker(self, role: Role) -> list[int]:
         return [self._ids[f"<|im_{role}|>"], *self._encode(role), self._ids["<|im_middle|>"]]
 
@@ -239,6 +248,8 @@ def _scheme(settings: GenerateSettings, where: dict[str, Any]) -> Scheme:
     """`auto`: 8 bits, but none for a checkpoint of ours, which is small."""
     if settings.quantization != "auto":
         return settings.quantization
+    if is_elsewhere(settings):
+        return "none"
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(settings.model, **where)

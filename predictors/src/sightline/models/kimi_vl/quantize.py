@@ -231,7 +231,9 @@ def check(model: Any, scheme: Scheme) -> None:  # noqa: ANN401
         if wanted is not None and _EXPERTS.fullmatch(name):
             held = {tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.ndim >= 3}
             if wanted not in held:
-                raise LoadFailed(f"{name} should be {wanted} and is {', '.join(map(str, held))}")
+                raise LoadFailed(
+                    f"{name} should be {wanted} and is {', '.join(map(str, held))}", reason="weights_dequantised"
+                )
 
 
 def bytes_per_dtype(model: Any) -> dict[str, int]:  # noqa: ANN401

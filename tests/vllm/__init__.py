@@ -1,0 +1,1 @@
+"""The vLLM engine with vLLM itself; `make test-vllm`."""
