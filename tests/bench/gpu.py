@@ -32,7 +32,14 @@ PROMPT_TEXT = 32
 GOALS = {"prefill": 50, "pages": 50, "decode x64": 40}
 """In per cent of the roofline, on a GPU."""
 
-SMALL_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 512}
+SMALL_TEXT = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+}
 SMALL_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL_QWEN = {
     "text_config": {

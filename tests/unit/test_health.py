@@ -1,7 +1,6 @@
 """Memory that ran out several times in a row costs readiness, and one answer brings it back."""
 
 import asyncio
-import base64
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,12 +8,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 
 from sightline.engines.health import TRIAL_SECONDS, MemoryHealth
+from sightline.errors import OutOfMemory
 from sightline.server.model import DescribeModel
-from sightline.server.serve import build_app
+from sightline.server.protocols import Protocols
 from sightline.settings import DescribeSettings
-from tests.unit.test_vision import png
+from tests.unit.test_vision import ask, context, png
 
 
 class TestMemoryHealth:
@@ -41,7 +42,9 @@ class TestMemoryHealth:
 
 @pytest.fixture
 async def model() -> AsyncIterator[DescribeModel]:
-    settings = DescribeSettings(auth="off", threads=1, job_store="memory://", max_out_of_memory=2)  # type: ignore[call-arg]
+    settings = DescribeSettings(
+        _env_file=None, auth="off", device="cpu", threads=1, job_store="memory://", max_out_of_memory=2
+    )  # type: ignore[call-arg]
     made = DescribeModel(settings)
     await made.start_engine()
     yield made
@@ -65,13 +68,10 @@ async def test_readiness_is_lost_and_found_again(model: DescribeModel, monkeypat
     loaded: Any = model.service
     device = Device(loaded._conversations.model.generate)
     monkeypatch.setattr(loaded._conversations.model, "generate", device)
-    app = build_app({"describe": model}, DescribeSettings(auth="off"))  # type: ignore[call-arg]
+    app = FastAPI()
+    app.include_router(Protocols([model], 1 << 20).router())
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-
-        async def ask() -> httpx.Response:
-            url = "data:image/png;base64," + base64.b64encode(png().data).decode()
-            return await client.post("/api/v1/run?wait=60", json={"image_url": url})
 
         async def ready(path: str = "/v2/health/ready") -> tuple[int, str | None]:
             answer = await client.get(path)
@@ -79,18 +79,18 @@ async def test_readiness_is_lost_and_found_again(model: DescribeModel, monkeypat
 
         assert await ready() == (200, None)
         device.is_full = True
-        await ask()  # twice without memory: whole, and at half its pixels
+        with pytest.raises(OutOfMemory):  # twice without memory: whole, and at half its pixels
+            await model.run([ask(png())], context())
         assert await ready() == (503, "out_of_memory")
         assert await ready("/v2/models/describe/ready") == (503, "out_of_memory")
         assert (await client.get("/v2/health/live")).status_code == 200
 
-        assert (await ask()).status_code != 503, "an unready server still answers whoever asks"
-        assert await ready() == (503, "out_of_memory")
+        with pytest.raises(OutOfMemory):  # and not Unavailable: whoever asks is still answered
+            await model.run([ask(png())], context())
         device.is_full = False
-        health = loaded.health
-        health._tried_at = float("-inf")  # as if five seconds had gone
+        loaded.health._tried_at = float("-inf")  # as if five seconds had gone
         until = time.monotonic() + 60
         while await ready() != (200, None):
             assert time.monotonic() < until
             await asyncio.sleep(0.02)
-        assert not health.is_exhausted
+        assert not loaded.health.is_exhausted

@@ -200,13 +200,12 @@ def check_types(model: Any, settings: EngineSettings) -> None:  # noqa: ANN401 -
     """
     module = model._model
     tensors = [*module.parameters(), *module.buffers()]
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if settings.dtype != "auto":
+    if settings.dtype != "auto":  # of matrices, as norms may be wider, and buffers hold scales
         wanted = getattr(torch, settings.dtype)
-        wide = [tensor for tensor in floating if tensor.dtype != wanted and tensor.ndim > 1]  # scales, norms, routers
-        matrices = sum(tensor.numel() for tensor in floating if tensor.ndim > 1)
-        if sum(tensor.numel() for tensor in wide) > 0.01 * matrices:
-            found = ", ".join(sorted({str(tensor.dtype) for tensor in wide}))
+        matrices = [weight for weight in module.parameters() if weight.is_floating_point() and weight.ndim > 1]
+        others = [weight for weight in matrices if weight.dtype != wanted]
+        if sum(weight.numel() for weight in others) > 0.01 * sum(weight.numel() for weight in matrices):
+            found = ", ".join(sorted({str(weight.dtype) for weight in others}))
             raise LoadFailed(f"{settings.model} was asked for in {wanted} and is in {found}", reason="dtype_differs")
     anatomy = _anatomy(settings)
     if anatomy is None or isinstance(settings, EmbedSettings):
