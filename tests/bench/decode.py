@@ -259,7 +259,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write(name: str, text: str) -> None:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = PAGE.read_text().partition(begin)
+    before, found, rest = PAGE.read_text().partition(begin)
+    assert found, f"{PAGE} has no place for {name}"
     PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 

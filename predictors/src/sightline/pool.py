@@ -1,8 +1,8 @@
 """Threads beside the event loop and the engine's, and what they tell Prometheus.
 
 Threads and not processes: PIL's codecs and resize, torchvision's and NumPy's loops all run without the interpreter's
-lock, so that two threads decode about as fast as two processes, which would copy every file in and every tensor out,
-hold a second torch, and could be killed alone (docs/preprocessing.md has the figures, `make bench-decode` the run).
+lock; processes would copy every file in and every tensor out, hold a second torch each, and could be killed alone
+(docs/preprocessing.md; `make bench-decode` runs both beside an engine).
 """
 
 import asyncio
