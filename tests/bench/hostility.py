@@ -57,7 +57,7 @@ async def _asked(request: bytes, port: int) -> int | None:
     except (OSError, EOFError):  # a body that is refused by its length is not read to its end
         return None
     finally:
-        connection.close()
+        await connection.aclose()
 
 
 async def _left(part: bytes, port: int) -> None:

@@ -4,6 +4,7 @@ A client here costs about as much as writing its bytes: on two cores every cycle
 """
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -74,16 +75,24 @@ class Connection:
             writer.write(request)
             answer = await _read(reader)
         except BaseException:
-            self.close()
+            await self.aclose()
             raise
         if answer.headers.get("connection") == "close":
-            self.close()
+            await self.aclose()
         return answer
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None
+
+    async def aclose(self) -> None:
+        """Close, and wait until it is."""
+        writer = self._writer
+        self.close()
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
 
 async def _read(reader: asyncio.StreamReader) -> Answer:
@@ -119,7 +128,7 @@ async def closed_loop(port: int, requests: Requests, *, clients: int, seconds: f
             if time.monotonic() - run.begun >= seconds and number >= at_least:
                 break
             run.served.append(await _served(connection, requests(number), number, time.monotonic()))
-        connection.close()
+        await connection.aclose()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
@@ -143,7 +152,7 @@ async def open_loop(port: int, requests: Requests, *, rate: float, seconds: floa
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             group.create_task(one(number, due))
     for connection in free:
-        connection.close()
+        await connection.aclose()
     run.ended = time.monotonic()
     return run
 

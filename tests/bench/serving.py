@@ -40,6 +40,8 @@ from tests.bench.load import Run, closed_loop, open_loop, percentile  # noqa: E4
 from tests.bench.roofline import bound, shape_of  # noqa: E402
 
 TINY = ROOT / "predictors/src/sightline/tiny"
+HOLD_SECONDS = 200
+"""After so long the lock is given back at the end of a round."""
 KEPT = 64
 """Answers of each run that are compared with the naive server's."""
 
@@ -160,7 +162,7 @@ def measure(part: Part, options: argparse.Namespace, folder: Path) -> list[Level
     with running(chosen(part, model, options), folder) as servers:
         for seed in range(options.seeds):
             feed = Feed(part, options.seed + seed, part.pool)
-            with held(options.lock):
+            with options.turn.held():
                 if seed == 0:
                     warm(part, servers, feed, max(clients))
                 for load in loads:
@@ -236,9 +238,7 @@ def is_alike(left: Said, right: Said) -> bool:
     return a.shape == b.shape and float((a * b).sum(1).min()) >= 0.99
 
 
-_STAGE = re.compile(
-    r'^(request_(\w+)_seconds_sum|sightline_request_seconds_sum)\{[^}]*(route="[^"]*infer")?[^}]*\} (\S+)'
-)
+_STAGE = re.compile(r"(?:request_(\w+)|sightline_request)_seconds_sum\{(.*)\} (\S+)")
 
 
 def stage_seconds(server: Running) -> dict[str, float]:
@@ -269,18 +269,22 @@ def checkpoint(name: str, options: argparse.Namespace) -> str:
     return str(folder)
 
 
-@contextlib.contextmanager
-def held(path: str | None) -> Iterator[None]:
-    """The machine for one round, among those who ask for it by the same file."""
-    if path is None:
+class Turn:
+    """The machine, among those who ask for it by the same file; given back between two rounds when others may wait."""
+
+    def __init__(self, path: str | None) -> None:
+        self._file = open(path, "a") if path else None  # noqa: SIM115 - as long as the process lives
+        self._since: float | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        if self._file is not None and self._since is None:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._since = time.monotonic()
         yield
-        return
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+        if self._file is not None and self._since is not None and time.monotonic() - self._since > HOLD_SECONDS:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._since = None
 
 
 def tell(line: str) -> None:
@@ -292,7 +296,7 @@ def tell(line: str) -> None:
 
 def measure_reading(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Milliseconds from a 12-megapixel JPEG to the model's input, in a process of its own."""
-    with held(options.lock):
+    with options.turn.held():
         command = [sys.executable, str(ROOT / "tests/bench/reading.py")]
         environment = os.environ | ENVIRONMENT
         done = subprocess.run(command, check=True, env=environment, cwd=folder, stdout=subprocess.PIPE)
@@ -305,18 +309,18 @@ def measure_hostile(options: argparse.Namespace, folder: Path) -> dict[str, floa
     part = next(part for part in PARTS if part.name == "captioner")
     with running([contenders.ours(model)], folder) as (server,):
         feed = Feed(part, options.seed, 400)
-        with held(options.lock):
+        with options.turn.held():
             warm(part, [server], feed, 8)
         found = hostility.Company()
         for seed in range(options.seeds):
-            with held(options.lock):
+            with options.turn.held():
                 uvloop.run(found.round(server.contender, feed.items, options.seconds or 6, seed))
     return found.figures()
 
 
 def machine(options: argparse.Namespace) -> dict[str, float]:
     """Its roofline, measured in the same run."""
-    with held(options.lock):
+    with options.turn.held():
         command = [sys.executable, str(ROOT / "tests/bench/roofline.py")]
         done = subprocess.run(command, check=True, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE)
     return json.loads(done.stdout)
@@ -370,10 +374,11 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="more flags for our servers")
     parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it no server of vLLM's")
     parser.add_argument("--checkpoints", help="folder where random weights are kept; default: a temporary one")
-    parser.add_argument("--lock", help="file to lock while a round runs")
+    parser.add_argument("--lock", help="file to lock while rounds run, for a few minutes at a time")
     parser.add_argument("--write", action="store_true", help="write docs/bench.* and the README's table")
     options = parser.parse_args()
     words = " ".join(["python tests/bench/serving.py", *(word for word in sys.argv[1:] if word != "--write")])
+    options.turn = Turn(options.lock)
     with tempfile.TemporaryDirectory() as place:
         options.checkpoints = str(Path(options.checkpoints or f"{place}/checkpoints").resolve())
         roof = machine(options)
