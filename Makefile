@@ -151,7 +151,7 @@ lock: .venv/.dev ## Resolve the requirements again (hashes, no index lines)
 
 .PHONY: clean
 clean: ## Remove the environment and caches
-	@rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv-vllm .tools .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 .PHONY: help
 help: ## Show this

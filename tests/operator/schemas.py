@@ -41,7 +41,7 @@ def standalone(name: str, schemas: dict[str, Any]) -> dict[str, Any]:
         if one not in needed:
             needed[one] = closed(schemas[one])
             waiting += _references(schemas[one])
-    return {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": needed, **needed[name]}
+    return {"definitions": needed, **needed[name]}  # draft 4, whose exclusive bounds are those of OpenAPI 3.0
 
 
 def closed(schema: Any) -> Any:

@@ -82,7 +82,7 @@ class Conversations(Generic[Model]):
         return self._generation.model
 
     @property
-    def health(self) -> MemoryHealth:
+    def health(self) -> MemoryHealth | None:
         return self._generation.health
 
     async def try_again(self) -> None:
