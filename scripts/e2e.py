@@ -139,8 +139,11 @@ def _images(options: argparse.Namespace) -> str:
     if "E2E_S3_IMAGE" not in os.environ:
         built.append(_s3_image(options.tag))
         _build_s3(built[-1], argument)
-    for image in built:
-        _run("docker", "push", "-q", image) if _prefix() else _run("kind", "load", "docker-image", image)
+    if _prefix():
+        for image in built:
+            _run("docker", "push", "-q", image)
+    else:
+        _run("kind", "load", "docker-image", *built)  # together: what they share travels once
     return _s3_image(options.tag)
 
 
