@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from sightline.engines.base import MIN_TEMPERATURE, Generated, Runtime
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter, Unavailable
-from sightline.settings import DescribeSettings, VisionSettings, VllmSettings, cpu_quota
+from sightline.settings import DescribeSettings, GenerateSettings, VisionSettings, VllmSettings, cpu_quota
 from sightline.wire import MAX_IMAGES_PER_PROMPT, Deadline, FinishReason, Sampling
 
 log = logging.getLogger("sightline.engines")
@@ -330,6 +330,8 @@ def connect(settings: VllmSettings, front: Front) -> Client:
         raise EngineMissing(f"device is {settings.device} and this vLLM was built for {current_platform.device_type}")
     if is_cpu and settings.vllm_batch_invariant:
         raise EngineMissing("vllm_batch_invariant: vLLM has it on GPUs only")
+    if is_cpu:  # Kimi-VL's latent attention is compiled there for one size of cache only
+        os.environ.setdefault("VLLM_MLA_DISABLE", "1")
     arguments = engine_arguments(settings, front.runtime.dtype, is_cpu=is_cpu)
     log.info("starting vLLM %s", arguments)
     return AsyncLLMClient(AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)), front)
@@ -366,6 +368,8 @@ def engine_arguments(settings: VllmSettings, dtype: str, *, is_cpu: bool) -> dic
     if isinstance(settings, VisionSettings):
         arguments["limit_mm_per_prompt"] = {"image": MAX_IMAGES_PER_PROMPT}
         arguments["mm_device_do_normalize"] = False  # else it would normalise pixels that are normalised already
+    if isinstance(settings, GenerateSettings):
+        arguments["hf_overrides"] = as_deepseek_v3
     if isinstance(settings, DescribeSettings):
         arguments["limit_mm_per_prompt"] |= {"video": 0}
     if settings.vllm_memory_share is not None:
@@ -374,6 +378,13 @@ def engine_arguments(settings: VllmSettings, dtype: str, *, is_cpu: bool) -> dic
     if cache is not None:
         arguments["kv_cache_memory_bytes"] = int(cache * 1024**3)
     return arguments
+
+
+def as_deepseek_v3(config: Any) -> Any:  # noqa: ANN401 - a PretrainedConfig
+    """Kimi-VL's configuration, with what transformers' class of its text model takes for granted and vLLM's asks for."""
+    config.text_config.topk_method = "noaux_tc"
+    config.text_config.scoring_func = "sigmoid"
+    return config
 
 
 def _set_environment(settings: VllmSettings) -> None:
