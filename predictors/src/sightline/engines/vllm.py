@@ -381,7 +381,7 @@ def engine_arguments(settings: VllmSettings, dtype: str, *, is_cpu: bool) -> dic
 
 
 def as_deepseek_v3(config: Any) -> Any:  # noqa: ANN401 - a PretrainedConfig
-    """Kimi-VL's configuration, with what transformers' class of its text model takes for granted and vLLM's asks for."""
+    """Kimi-VL's configuration with what transformers takes for granted of its text model, and vLLM asks for."""
     config.text_config.topk_method = "noaux_tc"
     config.text_config.scoring_func = "sigmoid"
     return config
