@@ -113,7 +113,9 @@ def micro(work: Work) -> tuple[Ask, Callable[[], Awaitable[None]]]:
                 batch.append(waiting.get_nowait())
             most = max(work.samplings[at].max_tokens for at, _ in batch)
             prompts = [work.prompt(at) for at, _ in batch]
-            for (at, future), answer in zip(batch, await asyncio.to_thread(plain, work.model, prompts, most)):
+            for (at, future), answer in zip(
+                batch, await asyncio.to_thread(plain, work.model, prompts, most), strict=True
+            ):
                 ids = answer.token_ids[: work.samplings[at].max_tokens]
                 future.set_result(replace(answer, token_ids=ids))
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from sightline.engines.base import Generated, IsAbandoned, OnToken, Runtime
+from sightline.engines.base import Draft, Generated, Runtime
 from sightline.engines.text import Detokenizer
 from sightline.errors import DeadlineExceeded, InvalidImage, SightlineError
 from sightline.services.base import together
@@ -126,37 +126,36 @@ def test_a_completion_counts_what_was_generated() -> None:
     assert made.milliseconds > 0
 
 
+class Text(str):
+    """A prompt that is its own answer."""
+
+    cost = 1
+
+
+END = 256
+
+
 class Typist:
-    """A model that answers with its prompt, a byte a token; `pause` is called before each but the first."""
+    """Says its prompt, byte by byte."""
 
     info = DEMO
     runtime = Runtime("fake", "cpu", "none")
+    stops = frozenset({END})
 
     def __init__(self) -> None:
         self.pause: Callable[[int], None] = lambda number: None
         self.typed: list[int] = []
+        """How many bytes each answer had when it left."""
 
-    def generate(
-        self,
-        batch: Sequence[str],
-        sampling: Sampling,
-        is_abandoned: IsAbandoned,
-        on_token: OnToken | None = None,
-    ) -> list[Generated]:
-        return [self._type(row, text, is_abandoned, on_token) for row, text in enumerate(batch)]
+    def decoder(self) -> "TypedRows":
+        return TypedRows(self)
 
-    def _type(self, row: int, text: str, is_abandoned: IsAbandoned, on_token: OnToken | None) -> Generated:
-        typed: list[int] = []
-        for number, token in enumerate(text.encode("utf-8", "surrogateescape")):
-            if number:
-                self.pause(number)
-            if is_abandoned(row):
-                break
-            typed.append(token)
-            if on_token is not None:
-                on_token(row, token)
-        self.typed.append(len(typed))
-        return Generated(tuple(typed), "length", prompt_tokens=3)
+    def most_tokens(self, prompt: str, sampling: Sampling) -> int:
+        return 1000
+
+    def result(self, prompt: str, draft: Draft) -> Generated:
+        ids = tuple(token for token in draft.token_ids if token != END)
+        return Generated(ids, "length", prompt_tokens=3)
 
     def text(self, generated: Generated) -> str:
         return decoded(generated.token_ids).strip()
@@ -165,8 +164,35 @@ class Typist:
         return Detokenizer(decoded)
 
 
+class TypedRows:
+    def __init__(self, typist: Typist) -> None:
+        self._typist = typist
+        self._rows: list[tuple[str, int]] = []
+
+    def join(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> list[tuple[int, int]]:
+        self._rows += [(prompt, 1) for prompt in prompts]
+        return [(at, byte(prompt, 0)) for at, prompt in enumerate(prompts)]
+
+    def step(self) -> list[int]:
+        for _, number in self._rows:
+            self._typist.pause(number)
+        tokens = [byte(prompt, number) for prompt, number in self._rows]
+        self._rows = [(prompt, number + 1) for prompt, number in self._rows]
+        return tokens
+
+    def leave(self, row: int) -> None:
+        self._typist.typed.append(self._rows[row][1])
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+
+
+def byte(prompt: str, at: int) -> int:
+    data = prompt.encode("utf-8", "surrogateescape")
+    return data[at] if at < len(data) else END
+
+
 def decoded(ids: Sequence[int]) -> str:
-    return bytes(ids).decode(errors="replace")
+    return bytes(token for token in ids if token != END).decode(errors="replace")
 
 
 @pytest.fixture
@@ -180,7 +206,7 @@ async def typing() -> AsyncIterator[Generation[Typist]]:
 def told(generation: Generation[Typist], text: str, stop: tuple[str, ...] = ()):
     model = generation.model
     return generation.stream(
-        text,
+        Text(text),
         Sampling(stop=stop),
         Context("id", Deadline.after(10)),
         lambda raw: completion(model.text(raw), raw, DEMO, 0),
@@ -190,7 +216,7 @@ def told(generation: Generation[Typist], text: str, stop: tuple[str, ...] = ()):
 async def both(generation: Generation[Typist], text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], Completion]:
     """The streamed pieces and their whole, which must be that of a request that is not streamed."""
     parts = [part async for part in told(generation, text, stop)]
-    (raw,) = await generation.generate_all([(text, Sampling(stop=stop))], Context("id", Deadline.after(10)))
+    (raw,) = await generation.generate_all([(Text(text), Sampling(stop=stop))], Context("id", Deadline.after(10)))
     plain = completion(generation.model.text(raw), raw, DEMO, 0)
     whole = parts.pop()
     assert isinstance(whole, Completion)
@@ -226,7 +252,7 @@ class TestStreams:
         assert whole.finish_reason == ("length" if stop == ("x",) else "stop")
 
     async def test_a_stop_sequence_ends_the_work(self, typing: Generation[Typist]) -> None:
-        """The model is held at the fourth token until the event loop has read the third."""
+        """The model is held at the fourth token until the event loop has read the third: it makes no fifth."""
         loop, has_stopped = asyncio.get_running_loop(), threading.Event()
 
         def pause(number: int) -> None:
@@ -242,7 +268,7 @@ class TestStreams:
 
         assert parts[-1].text == "ab"  # type: ignore[union-attr]
         assert parts[-1].usage.completion_tokens == 3  # type: ignore[union-attr]
-        assert typing.model.typed == [3]
+        assert typing.model.typed == [4]
 
     async def test_closing_one_ends_the_work(self, typing: Generation[Typist]) -> None:
         is_closed = threading.Event()
@@ -253,13 +279,13 @@ class TestStreams:
         is_closed.set()
         await both(typing, "next")
 
-        assert typing.model.typed[0] <= 2  # the second may be on its way when it is closed; the third never is
+        assert typing.model.typed[0] <= 3  # the third may be on its way when it is closed; the fourth never is
 
     async def test_a_whole_that_cannot_be_made_is_an_error_behind_the_pieces(self, typing: Generation[Typist]) -> None:
         def fail(raw: Generated) -> Completion:
             raise InvalidImage("no")
 
-        parts = typing.stream("ab", Sampling(), Context("id", Deadline.after(10)), fail)
+        parts = typing.stream(Text("ab"), Sampling(), Context("id", Deadline.after(10)), fail)
         got: list[object] = []
 
         async def read() -> None:

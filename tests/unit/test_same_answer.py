@@ -250,8 +250,9 @@ def test_is_the_same_after_a_neighbour_that_is_not_finite(case: Case, alone: Run
     run = Run(case)
     run.join(0, 1)
     run.step()
-    for rows in (*run.decoder._slots._keys, *run.decoder._slots._values):
-        rows.tensor[run.rows.index(1)] = torch.nan
+    with torch.inference_mode():
+        for rows in (*run.decoder._slots._keys, *run.decoder._slots._values):
+            rows.tensor[run.rows.index(1)] = torch.nan
     run.leave(1)
     run.join(1)
     run.end()

@@ -118,30 +118,27 @@ class TestConversations:
         assert (request.turns[-1].parts[-1], request.preset) == (words, preset)
 
 
-Generate = Callable[..., Any]
-
-
 class Tight:
     """A device with room for so many image tokens; what needs more is out of memory, as torch says it."""
 
-    def __init__(self, generate: Generate, room: int) -> None:
-        self.generate = generate
+    def __init__(self, see: Callable[..., Any], room: int) -> None:
+        self.see = see
         self.room = room
         self.seen: list[int] = []
 
-    def __call__(self, batch: Sequence[Any], *arguments: Any) -> Any:
+    def __call__(self, batch: Sequence[Any]) -> Any:
         self.seen += [prompt.image_tokens for prompt in batch]
         if any(prompt.image_tokens > self.room for prompt in batch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.generate(batch, *arguments)
+        return self.see(batch)
 
 
 @pytest.fixture
 def tight(service: DescribeService, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Tight]:
     def build(room: int) -> Tight:
         model = service._conversations.model
-        device = Tight(model.generate, room)
-        monkeypatch.setattr(model, "generate", device)
+        device = Tight(model.see, room)
+        monkeypatch.setattr(model, "see", device)
         return device
 
     return build

@@ -164,7 +164,7 @@ class EngineSettings(ServerSettings):
         "auto", description="auto: the type the checkpoint was saved in."
     )
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: from the CPU quota.")
-    max_batch: int = Field(8, gt=0, description="Waiting requests that may share one forward pass.")
+    max_batch: int = Field(32, gt=0, description="Requests that may be answered at once.")
 
 
 class VllmSettings(EngineSettings):
@@ -228,6 +228,12 @@ class VisionSettings(VllmSettings):
     remote_url: str | None = Field(None, description="Base URL for --engine remote, with or without its /v1.")
     remote_model: str | None = Field(None, description="Its model name there; default: the name here.")
     remote_api_key: SecretStr | None = Field(None, description="Key that it wants.")
+    image_cache_mib: int = Field(
+        0,
+        ge=0,
+        description="MiB of embeddings of images that may come again, kept by the images' content. 0: none are kept, "
+        "so that no client can tell by the time of an answer what others have sent.",
+    )
 
     @field_validator("remote_url")
     @classmethod

@@ -177,7 +177,7 @@ class Slots(Cache):
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,
+        *args: Any,  # noqa: ANN401 - as transformers declares it
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new token's (n, H, 1, width) and give back all, (n, H, C, width)."""

@@ -348,7 +348,7 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
     def _decode(
         self, model: GenerativeModel[Prepared], batch: list[_Waiting[Prepared, Options, Result]], *, is_alone: bool
     ) -> tuple[list[_Waiting[Prepared, Options, Result]], Exception] | None:
-        """Make tokens until no row is left; returns those that an error ended, once the memory of their rows is free."""
+        """Make tokens until no row is left. Returns whom an error ended, so that the memory of their rows is free then."""
         decoder: Decoder[Prepared] = model.decoder()
         rows: list[_Row[Prepared, Options, Result]] = []
         while True:

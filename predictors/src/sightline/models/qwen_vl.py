@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
+from sightline.engines.images import ImageCache, content_hash
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
 from sightline.images import scaled
@@ -48,6 +49,7 @@ class Prompt:
     image_grid_thw  (images, 3) int64, patches in time, height, width
     positions       (3, T) int64, in time, height, width
     next_position   of the first new token, in all three
+    image_key       of its images' content, where embeddings are kept
     """
 
     input_ids: torch.Tensor
@@ -57,6 +59,7 @@ class Prompt:
     image_tokens: int
     positions: torch.Tensor
     next_position: int
+    image_key: bytes | None = None
 
     @property
     def cost(self) -> int:
@@ -87,6 +90,7 @@ class QwenVL:
         patches: Any = self._model.model.visual.patch_embed
         patches.proj = PatchMatrix(patches.proj)
         self._text_model: Any = self._model.model.language_model
+        self._images = ImageCache(settings.model_name, settings.image_cache_mib << 20)
         self.repetition_penalty = repetition_penalty(self._model)
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype))
@@ -130,6 +134,7 @@ class QwenVL:
             image_tokens=image_tokens,
             positions=positions[:, 0],
             next_position=len(input_ids) + int(offset),
+            image_key=content_hash(inputs["pixel_values"], inputs["image_grid_thw"]) if self._images.is_on else None,
         )
 
     def generate(
@@ -168,6 +173,10 @@ class QwenVL:
 
     def see(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """For each prompt what stands in the places of its image tokens, (image tokens, D)."""
+        keys = [prompt.image_key for prompt in prompts]
+        return self._images.seen(keys, lambda places: self._see([prompts[at] for at in places]))
+
+    def _see(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self._model.device)
         grids = torch.cat([prompt.image_grid_thw for prompt in prompts]).to(self._model.device)
         images = torch.cat(self._model.model.get_image_features(pixels, grids, return_dict=True).pooler_output)

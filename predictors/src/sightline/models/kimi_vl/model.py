@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 
 from sightline.engines.base import Draft, Generated, IsAbandoned, OnToken, Runtime
 from sightline.engines.decoding import Decoder, Prefilled, Slots, generate, last_of, layers_of, padded
+from sightline.engines.images import ImageCache, content_hash
 from sightline.engines.text import Detokenizer
 from sightline.errors import InternalError
 from sightline.images import scaled
@@ -53,12 +54,14 @@ class Prompt:
     input_ids       (T,) int64
     pixel_values    (P, 3, side, side) float32, normalised patches; None without images
     image_grid_thw  (images, 3) int64, one frame, then patches in height and width
+    image_key       of its images' content, where embeddings are kept
     """
 
     input_ids: torch.Tensor
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None
     image_tokens: int
+    image_key: bytes | None = None
 
     @property
     def cost(self) -> int:
@@ -100,6 +103,7 @@ class KimiVL:
         self._eos = _eos_token_ids(self._model, self._ids)
         self._text_model: Any = self._model.model.language_model
         self._image_token_id = int(self._model.config.image_token_id)
+        self._images = ImageCache(settings.model_name, settings.image_cache_mib << 20)
         self.repetition_penalty = repetition_penalty(self._model)
         self.info = model_info(self._model, settings)
         self.runtime = Runtime("hf", str(self._model.device), str(self._model.dtype), bytes_per_dtype(self._model))
@@ -133,7 +137,8 @@ class KimiVL:
             ids.append(self._ids["<|im_end|>"])
         ids += self._speaker("assistant")
         check_length(self._model, len(ids))
-        return Prompt(torch.tensor(ids), pixels, grids if images else None, sum(counts))
+        key = content_hash(pixels, grids) if pixels is not None and self._images.is_on else None
+        return Prompt(torch.tensor(ids), pixels, grids if images else None, sum(counts), key)
 
     def generate(
         self,
@@ -171,15 +176,18 @@ class KimiVL:
 
     def see(self, prompts: Sequence[Prompt]) -> list[torch.Tensor | None]:
         """For each prompt with images what stands in the places of its image tokens, (image tokens, D)."""
+        sighted = [prompt for prompt in prompts if prompt.pixel_values is not None]
+        keys = [prompt.image_key for prompt in sighted]
+        parts = iter(self._images.seen(keys, lambda places: self._see([sighted[at] for at in places])))
+        return [None if prompt.pixel_values is None else next(parts) for prompt in prompts]
+
+    def _see(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-        if not pixels:
-            return [None] * len(prompts)
         grids = torch.cat([prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None])
         found = self._model.model.get_image_features(
             torch.cat(pixels).to(self._model.device), grids.to(self._model.device), return_dict=True
         )
-        parts = iter(torch.cat(found.pooler_output).split([p.image_tokens for p in prompts if p.image_tokens]))
-        return [next(parts) if prompt.image_tokens else None for prompt in prompts]
+        return list(torch.cat(found.pooler_output).split([prompt.image_tokens for prompt in prompts]))
 
     def prefill(self, prompts: Sequence[Prompt], seen: Sequence[torch.Tensor | None]) -> Prefilled:
         lengths = [len(prompt.input_ids) for prompt in prompts]
