@@ -17,15 +17,12 @@ from tests.vllm.conftest import children, wait_gone, wait_ready, wait_until
 
 pytestmark = pytest.mark.vllm
 
-CACHE = ["--describe.vllm-cache-gib", "0.25", "--enhance.vllm-cache-gib", "0.25"]
+CACHE = ["--engine", "vllm", "--vllm-cache-gib", "0.25"]
 
 
 @pytest.fixture(scope="module")
 def server(serve) -> Server:
-    return wait_ready(
-        serve("describe", "enhance", "--describe.engine", "vllm", "--enhance.engine", "vllm",
-              "--describe.queue-size", "6", *CACHE)
-    )  # fmt: skip
+    return wait_ready(serve("describe", "--queue-size", "6", *CACHE))
 
 
 def image() -> str:
@@ -47,8 +44,7 @@ def text(answer: httpx.Response) -> str:
 
 def test_the_metadata_tells_the_engine(server: Server) -> None:
     with server.client() as client:
-        for model in ("describe", "enhance"):
-            assert '"vllm"' in client.get(f"/v2/models/{model}").text
+        assert '"vllm"' in client.get("/v2/models/describe").text
 
 
 def test_a_picture_is_described(server: Server) -> None:
@@ -57,21 +53,6 @@ def test_a_picture_is_described(server: Server) -> None:
 
     assert text(answer) == RED_CIRCLE
     assert answer.json()["parameters"]["image_tokens"] > 0
-
-
-def test_a_caption_is_enhanced_as_hf_does_it(server: Server) -> None:
-    model = GptOss(EnhanceSettings(auth="off"))
-    captions = [RED_CIRCLE, "a small blue star above a large green square on a black background"]
-    wanted = []
-    for caption in captions:
-        prompt = model.preprocess([Turn("user", (caption,))], "low")
-        (made,) = model.generate([prompt], Sampling(max_tokens=1024), lambda index: False)
-        wanted.append((model.postprocess(made)[0], len(made.token_ids)))
-
-    with server.client() as client:
-        answers = [ask(client, "enhance", "text", caption) for caption in captions]
-
-    assert [(text(item), item.json()["parameters"]["completion_tokens"]) for item in answers] == wanted
 
 
 def test_openai_streams_the_same_text(server: Server) -> None:
@@ -102,7 +83,7 @@ def test_more_than_may_wait_is_429(server: Server) -> None:
 
 def test_a_deadline_is_504_and_the_next_request_is_answered(server: Server) -> None:
     with server.client(headers={"X-Request-Timeout-Ms": "1"}) as client:
-        late = ask(client, "enhance", "text", RED_CIRCLE)
+        late = ask(client, "describe", "image", image())
     with server.client() as client:
         answer = ask(client, "describe", "image", image())
 
@@ -113,10 +94,11 @@ def test_a_deadline_is_504_and_the_next_request_is_answered(server: Server) -> N
 def test_an_engine_that_ends_takes_the_server_with_it(server: Server) -> None:
     """The last with this server. Whoever runs it starts it again: nothing in it can bring an engine back."""
     processes = children(server.process.pid)
-    engines = [child for child in psutil_children(server.process.pid) if "EngineCore" in " ".join(child.cmdline())]
+    engines = [child for child in processes if "resource_tracker" not in " ".join(child.cmdline())]
     assert engines, [child.cmdline() for child in processes]
 
-    engines[0].kill()
+    for engine in engines:
+        engine.kill()
 
     wait_until(lambda: not server.is_ready(), server)
     assert server.process.wait(120) == 1
@@ -124,25 +106,30 @@ def test_an_engine_that_ends_takes_the_server_with_it(server: Server) -> None:
     wait_gone(processes)
 
 
-def psutil_children(pid: int):
-    import psutil
+def test_captions_are_enhanced_as_hf_does_it_and_sigterm_ends_the_server_with_its_engine(serve) -> None:
+    model = GptOss(EnhanceSettings(auth="off"))
+    captions = [RED_CIRCLE, "a small blue star above a large green square on a black background"]
+    wanted: list[tuple[str | None, int]] = []
+    for caption in captions:
+        (made,) = model.generate(
+            [model.preprocess([Turn("user", (caption,))], "low")], Sampling(max_tokens=1024), lambda index: False
+        )
+        wanted.append((model.postprocess(made)[0], len(made.token_ids)))
+    server = wait_ready(serve("enhance", *CACHE))
 
-    return psutil.Process(pid).children()
-
-
-def test_sigterm_ends_a_server_with_its_engine(serve) -> None:
-    server = wait_ready(serve("enhance", "--engine", "vllm", "--vllm-cache-gib", "0.25"))
+    with server.client() as client:
+        answers = [ask(client, "enhance", "text", caption) for caption in captions]
     processes = children(server.process.pid)
-    assert processes
-
     server.process.send_signal(signal.SIGTERM)
 
+    assert [(text(item), item.json()["parameters"]["completion_tokens"]) for item in answers] == wanted
+    assert processes
     assert server.process.wait(120) == 0, server.log()[-3000:]
     wait_gone(processes)
 
 
 def test_sigterm_while_the_engine_loads(serve) -> None:
-    server = serve("enhance", "--engine", "vllm", "--vllm-cache-gib", "0.25")
+    server = serve("enhance", *CACHE)
     wait_until(lambda: bool(children(server.process.pid)) or server.process.poll() is not None, server)
     processes = children(server.process.pid)
 

@@ -192,7 +192,6 @@ class EngineSettings(ServerSettings):
 class VllmSettings(EngineSettings):
     """What the predictors have that vLLM may answer for."""
 
-    engine: str
     vllm_memory_share: float | None = Field(
         None, gt=0, le=1, description="Of a GPU's memory, what --engine vllm takes; default: vLLM's own."
     )
@@ -213,9 +212,14 @@ class VllmSettings(EngineSettings):
         None, gt=0, description="Give the GPU's memory back after so long without a request; None: never."
     )
 
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether another process holds the weights; which engines there are is each predictor's own."""
+        return getattr(self, "engine", "hf") == "vllm"
+
     @model_validator(mode="after")
     def _vllm_quantises_nothing(self) -> Self:
-        if self.engine == "vllm" and (
+        if self.uses_vllm and (
             getattr(self, "load_8bit", False) or getattr(self, "quantization", "auto") in ("8bit", "4bit")
         ):
             raise ValueError("engine vllm takes a checkpoint as it is; 8bit and 4bit are for engine hf")

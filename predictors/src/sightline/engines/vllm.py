@@ -10,6 +10,7 @@ vLLM batches, pages its cache and runs in a process of its own. Nothing here imp
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import itertools
 import logging
 import multiprocessing
@@ -24,7 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from sightline.engines.base import MIN_TEMPERATURE, Generated, Runtime
 from sightline.errors import DeadlineExceeded, InternalError, InvalidParameter, Unavailable
-from sightline.settings import DescribeSettings, VisionSettings, VllmSettings, cpu_quota
+from sightline.settings import DescribeSettings, GenerateSettings, VisionSettings, VllmSettings, cpu_quota
 from sightline.wire import MAX_IMAGES_PER_PROMPT, Deadline, FinishReason, Sampling
 
 log = logging.getLogger("sightline.engines")
@@ -71,8 +72,10 @@ class Client(Protocol):
     context   tokens that a prompt and its answer may have together
     """
 
-    runtime: Runtime
-    context: int
+    @property
+    def runtime(self) -> Runtime: ...
+    @property
+    def context(self) -> int: ...
 
     def submit(self, prompt: Any, sampling: Sampling, *, in_steps: bool) -> AsyncGenerator[Step]:  # noqa: ANN401
         """New tokens; those of a whole answer together unless `in_steps`. Closing it aborts the request.
@@ -317,34 +320,37 @@ def _end_children() -> None:
 # --- vLLM itself -----------------------------------------------------------------------------------------------------
 
 
+def vllm(part: str) -> Any:  # noqa: ANN401 - a module
+    """A module of vLLM's, imported when it is needed: `vllm(".inputs")`. Raises ImportError."""
+    return importlib.import_module(f"vllm{part}")
+
+
 def connect(settings: VllmSettings, front: Front) -> Client:
     """Start vLLM on a checkpoint. Raises EngineMissing, and whatever keeps vLLM from loading it."""
     _set_environment(settings)
     try:
-        from vllm.v1.engine.async_llm import AsyncLLM
+        client = vllm(".v1.engine.async_llm").AsyncLLM
     except ImportError as error:
         raise EngineMissing(
             "engine vllm needs the extra `vllm` (pip install 'sightline[vllm]'; on a CPU see docs/engine-vllm.md), "
             f"and `import vllm` said: {error}"
         ) from error
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-
-    is_cpu = current_platform.is_cpu()
+    platform = vllm(".platforms").current_platform
+    is_cpu = bool(platform.is_cpu())
     if settings.device != "auto" and (settings.device == "cpu") != is_cpu:
-        raise EngineMissing(f"device is {settings.device} and this vLLM was built for {current_platform.device_type}")
+        raise EngineMissing(f"device is {settings.device} and this vLLM was built for {platform.device_type}")
     if is_cpu and settings.vllm_batch_invariant:
         raise EngineMissing("vllm_batch_invariant: vLLM has it on GPUs only")
+    if is_cpu:  # Kimi-VL's latent attention is compiled there for one size of cache only
+        os.environ.setdefault("VLLM_MLA_DISABLE", "1")
     arguments = engine_arguments(settings, front.runtime.dtype, is_cpu=is_cpu)
     log.info("starting vLLM %s", arguments)
-    return AsyncLLMClient(AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)), front)
+    return AsyncLLMClient(client.from_engine_args(vllm(".engine.arg_utils").AsyncEngineArgs(**arguments)), front)
 
 
 def register() -> None:
     """Called by vLLM in each of its processes (entry point `vllm.general_plugins`): which of its models are ours."""
-    from vllm import ModelRegistry
-
-    ModelRegistry.register_model("KimiVLForConditionalGeneration", "sightline.engines.vllm_kimi:KimiVL")
+    vllm("").ModelRegistry.register_model("KimiVLForConditionalGeneration", "sightline.engines.vllm_kimi:KimiVL")
 
 
 def engine_arguments(settings: VllmSettings, dtype: str, *, is_cpu: bool) -> dict[str, Any]:
@@ -371,6 +377,8 @@ def engine_arguments(settings: VllmSettings, dtype: str, *, is_cpu: bool) -> dic
     if isinstance(settings, VisionSettings):
         arguments["limit_mm_per_prompt"] = {"image": MAX_IMAGES_PER_PROMPT}
         arguments["mm_device_do_normalize"] = False  # else it would normalise pixels that are normalised already
+    if isinstance(settings, GenerateSettings):
+        arguments["hf_overrides"] = as_deepseek_v3
     if isinstance(settings, DescribeSettings):
         arguments["limit_mm_per_prompt"] |= {"video": 0}
     if settings.vllm_memory_share is not None:
@@ -379,6 +387,13 @@ def engine_arguments(settings: VllmSettings, dtype: str, *, is_cpu: bool) -> dic
     if cache is not None:
         arguments["kv_cache_memory_bytes"] = int(cache * 1024**3)
     return arguments
+
+
+def as_deepseek_v3(config: Any) -> Any:  # noqa: ANN401 - a PretrainedConfig
+    """Kimi-VL's configuration with what transformers takes for granted of its text model, and vLLM asks for."""
+    config.text_config.topk_method = "noaux_tc"
+    config.text_config.scoring_func = "sigmoid"
+    return config
 
 
 def _set_environment(settings: VllmSettings) -> None:
@@ -402,23 +417,20 @@ class AsyncLLMClient:
     """The one place that speaks vLLM's EngineClient protocol."""
 
     def __init__(self, engine: Any, front: Front) -> None:  # noqa: ANN401 - vllm.engine.protocol.EngineClient
-        from vllm.platforms import current_platform
-
         config = engine.model_config
         self._engine = engine
         self._front = front
         self._numbers = itertools.count()
         self._images = Images.of(config.hf_config, keeps=bool(engine.vllm_config.cache_config.enable_prefix_caching))
         self._pixel_dtype = config.dtype
-        self.runtime = Runtime("vllm", str(current_platform.device_type), str(config.dtype))
+        self.runtime = Runtime("vllm", str(vllm(".platforms").current_platform.device_type), str(config.dtype))
 
     @property
     def context(self) -> int:
         return int(self._engine.model_config.max_model_len)
 
     async def submit(self, prompt: Any, sampling: Sampling, *, in_steps: bool) -> AsyncGenerator[Step]:  # noqa: ANN401
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
+        faults = vllm(".v1.engine.exceptions")
         name = f"sightline-{next(self._numbers)}"
         outputs = self._engine.generate(self._input(prompt), self._sampling(sampling, in_steps=in_steps), name)
         try:
@@ -428,9 +440,9 @@ class AsyncLLMClient:
                     if made.finish_reason not in (None, "stop", "length"):
                         raise Unavailable("The engine gave this answer up.", code="aborted", retry_after=1)
                     yield Step(tuple(made.token_ids), made.finish_reason)
-        except EngineDeadError as error:
+        except faults.EngineDeadError as error:
             raise EngineDied("The engine that makes the answers ended while it made this one.") from error
-        except EngineGenerateError as error:
+        except faults.EngineGenerateError as error:
             raise RuntimeError("generation failed") from error
 
     def is_dead(self) -> bool:
@@ -446,10 +458,10 @@ class AsyncLLMClient:
         self._engine.shutdown(timeout=STOP_SECONDS)
 
     def _sampling(self, sampling: Sampling, *, in_steps: bool) -> Any:  # noqa: ANN401
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
+        named = vllm(".sampling_params")
+        kinds = named.RequestOutputKind
         is_greedy = sampling.temperature < MIN_TEMPERATURE
-        return SamplingParams(
+        return named.SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=0.0 if is_greedy else sampling.temperature,
             top_p=1.0 if is_greedy else sampling.top_p,
@@ -460,18 +472,17 @@ class AsyncLLMClient:
             ignore_eos=True,
             stop_token_ids=sorted(self._front.stops),
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA if in_steps else RequestOutputKind.FINAL_ONLY,
+            output_kind=kinds.DELTA if in_steps else kinds.FINAL_ONLY,
         )
 
     def _input(self, prompt: Any) -> Any:  # noqa: ANN401 - a vLLM EngineInput
-        from vllm.inputs import mm_input, tokens_input
-
+        inputs = vllm(".inputs")
         ids = cast("list[int]", prompt.input_ids.tolist())
         pixels = getattr(prompt, "pixel_values", None)
         if pixels is None:
-            return tokens_input(ids)
+            return inputs.tokens_input(ids)
         assert self._images is not None  # noqa: S101 - a model that makes pixels has a vision tower
-        return mm_input(ids, *self._images.inputs(ids, pixels.to(self._pixel_dtype), prompt.image_grid_thw))
+        return inputs.mm_input(ids, *self._images.inputs(ids, pixels.to(self._pixel_dtype), prompt.image_grid_thw))
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,19 +518,18 @@ class Images:
 
         pixels  (P, …) patches of all images, one after the other; grids (images, 3) in time, height, width
         """
-        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
-
+        named = vllm(".multimodal.inputs")
         sizes = grids.prod(-1)
         tensors = {"pixel_values": pixels, self.grid_name: grids[:, self.grid_begin :]}
         fields = {
-            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", sizes),
-            self.grid_name: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            "pixel_values": named.MultiModalFieldConfig.flat_from_sizes("image", sizes),
+            self.grid_name: named.MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
-        items = MultiModalKwargsItems.from_hf_inputs(cast("Any", tensors), fields)
+        items = named.MultiModalKwargsItems.from_hf_inputs(tensors, fields)
         counts = [int(size) // self.merged for size in sizes]
         parts = pixels.split([int(size) for size in sizes])
         names = [self._name(part, grid.tolist()) for part, grid in zip(parts, grids, strict=True)]
-        places = [PlaceholderRange(offset=at, length=count) for at, count in self._places(ids, counts)]
+        places = [named.PlaceholderRange(offset=at, length=count) for at, count in self._places(ids, counts)]
         return items, {"image": names}, {"image": places}
 
     def _places(self, ids: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -18,7 +18,9 @@ from vllm.model_executor.models.kimi_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptReplacement
 
-import sightline.models.kimi_vl  # noqa: F401 - makes AutoProcessor know it
+from sightline.models.kimi_vl import register
+
+register()  # so that AutoProcessor, which vLLM asks, finds ours
 
 
 class Processor(KimiVLMultiModalProcessor):

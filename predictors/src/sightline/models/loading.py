@@ -90,7 +90,7 @@ def load_pretrained(
 
 def is_elsewhere(settings: EngineSettings) -> bool:
     """Whether another process holds the weights, so that this one makes prompts and reads answers only."""
-    return isinstance(settings, VllmSettings) and settings.engine == "vllm"
+    return isinstance(settings, VllmSettings) and settings.uses_vllm
 
 
 def without_weights(auto_class: Any, settings: EngineSettings) -> Any:  # noqa: ANN401 - a PreTrainedModel

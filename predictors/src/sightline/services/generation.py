@@ -46,7 +46,7 @@ class Generation(Generic[Model]):
     ) -> None:
         self.engine: HFEngine[Model, Any, Sampling, Generated] | VLLMEngine[Any] = (
             VLLMEngine(load, partial(vllm.connect, settings), sleep_seconds=settings.vllm_sleep_seconds)
-            if settings is not None and settings.engine == "vllm"
+            if settings is not None and settings.uses_vllm
             else HFEngine(load, max_batch=max_batch, cost=lambda prompt: prompt.cost, max_cost=JOIN_COST)
         )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
