@@ -240,7 +240,6 @@ class QwenVL:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-
 def _content(part: str | Image.Image | Patches) -> dict[str, str]:
     return {"type": "text", "text": as_plain_text(part)} if isinstance(part, str) else {"type": "image"}
 
