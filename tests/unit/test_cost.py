@@ -51,6 +51,17 @@ def test_a_request_is_refused_only_when_it_is_far_from_possible() -> None:
     assert cost.can_answer(100, most=1, seconds=1.5)
 
 
+def test_a_stop_is_known_once_few_prompts_can_be_told_from_many() -> None:
+    cost = Cost()
+    for _ in range(20):
+        cost.prefill.add(100, 3.0)
+    assert cost.stop == 0
+
+    for _ in range(20):
+        cost.prefill.add(300, 5.0)
+    assert cost.stop == pytest.approx(2, rel=0.01)
+
+
 def test_without_measurements_nobody_is_refused() -> None:
     assert Cost().can_answer(10**9, most=10**6, seconds=0.001)
     assert Cost().can_compute(10**9, seconds=0.001)

@@ -206,8 +206,8 @@ class TestRows:
         """A stop that costs the running rows more than the newcomer has waited is put off."""
         bench.submit("abcdef", deadline=Deadline.after(10_000))
         await bench.until("step", "abcdef")
-        for _ in range(20):
-            bench.engine._learnt.prefill.add(1, 1000.0)
+        for amount in range(20):
+            bench.engine._learnt.prefill.add(amount, 1000.0 + amount)
         bench.submit("x", deadline=Deadline.after(10_000))
         await asyncio.sleep(0)
         bench.go_on(2)

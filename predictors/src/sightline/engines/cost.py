@@ -68,6 +68,11 @@ class Cost:
         self.prefill, self.step, self.batch = Line(), Line(), Line()
         self._lengths: deque[int] = deque(maxlen=64)
 
+    @property
+    def stop(self) -> float:
+        """Seconds that reading prompts takes however few they are; 0 while that cannot be told from the rest."""
+        return self.prefill.fixed if self.prefill.each > 0 else 0.0
+
     def answered(self, tokens: int) -> None:
         """An answer of that length ended."""
         self._lengths.append(tokens)

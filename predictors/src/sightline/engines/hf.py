@@ -23,6 +23,9 @@ from sightline.engines.health import MemoryHealth
 from sightline.errors import DeadlineExceeded, NotSupported, OutOfMemory, SightlineError, Unavailable
 from sightline.wire import Deadline
 
+PATIENCE = 8
+"""Stops for reading prompts that a request waits at most before it joins rows that run."""
+
 Model = TypeVar("Model")
 Prepared = TypeVar("Prepared")
 Options = TypeVar("Options")
@@ -261,14 +264,15 @@ class HFEngine(Generic[Model, Prepared, Options, Result]):
 
         Reading prompts stops every row for a while, of which a part is the same however many are read. So those who
         wait do so until their waiting comes to as much as all rows together would lose: at most twice the least loss,
-        whoever comes next (it is the ski-rental problem).
+        whoever comes next (it is the ski-rental problem); but nobody for longer than PATIENCE such stops.
         """
         with self._wake:
             room = self._max_batch - len(rows)
             if room <= 0 or not len(self._waiting):
                 return []
             now = time.monotonic()
-            if sum(now - waiting.since for waiting in self._waiting) < len(rows) * self._learnt.prefill.fixed:
+            waited = [now - waiting.since for waiting in self._waiting]
+            if sum(waited) < len(rows) * self._learnt.stop and max(waited) < PATIENCE * self._learnt.stop:
                 return []
             return self._taken(model, room, rows)
 
