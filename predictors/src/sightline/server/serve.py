@@ -198,7 +198,7 @@ class _ModelServer(ModelServer):
         # with Python's default handler that would be death by signal instead of exit code 0.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_soon)
-        # uvloop where it is there: a request without a model costs a third less of the CPU (docs/profile.md).
+        # uvloop where it is there; asyncio's own loop was a quarter of a request without a model (docs/profile.md).
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
             runner.run(self._serve_while_loading(cast("list[PredictorModel]", models)))
 
