@@ -710,6 +710,15 @@ def test_an_edited_schedule_counts_from_now() -> None:
     assert it.row["nextScheduleTime"] == "2026-01-06T11:00:00Z"
 
 
+def test_a_schedule_that_is_edited_to_a_denser_one_waits_for_none_of_the_old_times() -> None:
+    """Three o'clock is on the new schedule, too; found on a cluster, where nothing was made until then."""
+    it = Scheduled(entry(schedule="0 3 * * *"))
+    before = it.row["nextScheduleTime"]
+    it.cluster.edit(KEY, batches=[entry(schedule="* * * * *")])
+    it.look()
+    assert it.row["nextScheduleTime"] < before
+
+
 def test_a_time_zone_moves_the_schedule() -> None:
     it = Scheduled(entry(timeZone="Asia/Tokyo"))
     assert it.row["nextScheduleTime"] == "2026-01-05T18:00:00Z"

@@ -79,7 +79,8 @@ def _due(
     if held:
         return (), kept
     planned = moment(before.get("nextScheduleTime"))
-    if planned is None or cron.next(planned - timedelta(seconds=1), zone) != planned:
+    following = cron.next(view.now if planned is None or view.now < planned else planned - timedelta(seconds=1), zone)
+    if planned is None or following != planned:
         return (), kept | _ahead(cron, zone, view.now)  # seen for the first time, or its schedule was edited
     if view.now < planned:
         return (), dict(before)
