@@ -38,6 +38,10 @@ e2e-quick: .venv/.dev ## The quick part: chart in, pipeline Ready, right caption
 accuracy: .venv/.dev ## Figures of the small checkpoints on 200 fresh scenes, over HTTP (SEED=n, ONLY=embed)
 	@$(BIN)/python tests/bench/accuracy.py --scenes 200 --write $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part))
 
+.PHONY: bench-decode
+bench-decode: .venv/.dev ## A 12 MP photograph to model input beside plain PIL, and the pool beside an engine (ARGS="--rounds 3")
+	@$(BIN)/python tests/bench/decode.py --write $(ARGS)
+
 .PHONY: bench-operator
 bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API server of its own (ARGS="--objects 100 --idle 30")
 	@$(BIN)/python tests/bench/operators.py $(ARGS)
@@ -45,10 +49,6 @@ bench-operator: .venv/.dev ## Our operator beside a plain Kopf one, on an API se
 .PHONY: bench-batch
 bench-batch: .venv/.dev ## A batch of 100,000 beside the same calls from a bare loop; kills, resume, a million keys (ARGS="--items 20000")
 	@$(BIN)/python tests/bench/batches.py --write $(ARGS)
-
-.PHONY: bench-decode
-bench-decode: .venv/.dev ## A 12 MP photograph to model input beside plain PIL, and the pool beside an engine (ARGS="--rounds 3")
-	@$(BIN)/python tests/bench/decode.py --write $(ARGS)
 
 .PHONY: conformance
 conformance: .venv/.dev ## The conformance table of our six models and of stock KServe, into docs/ and the README
