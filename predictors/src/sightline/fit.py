@@ -148,11 +148,6 @@ def fit(
     raise SystemExit(OK if fits else TOO_SMALL)
 
 
-def _told(anatomy: Anatomy, made: Estimate) -> dict[str, object]:
-    about = {"model": anatomy.name, "predictor": predictor_of(anatomy), "parameters": anatomy.parameters}
-    return {**about, **as_json(made)}
-
-
 def _of_model(
     name: str, profile: Profile, wish: Wish, quantization: str | None, dtype: str
 ) -> tuple[Anatomy, list[Estimate]]:
@@ -177,7 +172,7 @@ def _schemes(anatomy: Anatomy, quantization: str | None, dtype: str) -> Sequence
     if quantization in FLOATS or quantization not in anatomy.schemes:
         ways = [scheme for scheme in anatomy.schemes if scheme not in FLOATS]
         raise ValueError(f"{anatomy.name} is held as {', '.join([*ways, 'none'])}, not as {quantization}")
-    return (cast("Scheme", quantization),)
+    return (quantization,)
 
 
 def _profile(name: str, memory: str | None, device: str) -> Profile:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from sightline.engines.base import MIN_TEMPERATURE, Draft, Generated, IsAbandoned, OnToken
 from sightline.engines.packing import packs
@@ -257,9 +257,9 @@ def last_of(hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     return hidden[torch.arange(len(lengths), device=hidden.device), ends]
 
 
-def layers_of(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def layers_of(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values as a prefill left them."""
-    return [(cast("torch.Tensor", layer.keys), cast("torch.Tensor", layer.values)) for layer in cache.layers]
+    return [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
 
 
 class _Chooser:

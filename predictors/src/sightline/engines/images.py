@@ -20,7 +20,7 @@ def content_hash(pixels: torch.Tensor, grid: torch.Tensor) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (pixels, grid):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -234,7 +234,7 @@ def tried(model: Any) -> Golden:  # noqa: ANN401 - any of ours
             numbers = tuple(round(float(number), 4) for number in [*vectors[0, :8], *vectors[-1, :8]])
             made = Golden(model.runtime.dtype, numbers=numbers)
         else:
-            (answer,) = model.generate([item], Sampling(max_tokens=GOLDEN_TOKENS), lambda row: False)
+            (answer,) = model.generate([item], Sampling(max_tokens=GOLDEN_TOKENS), _nobody_leaves)
             made = Golden(model.runtime.dtype, tokens=answer.token_ids)
     if seen and not any(_is_spatial(positions) for positions in seen):
         raise LoadFailed(
@@ -274,6 +274,10 @@ def _is_spatial_text(name: str, module: Any) -> bool:  # noqa: ANN401
 def _is_spatial(positions: torch.Tensor) -> bool:
     """Whether rows and columns differ somewhere: (3 or 4, B, T), time, height and width last."""
     return positions.ndim == 3 and bool((positions[-1] != positions[-2]).any())
+
+
+def _nobody_leaves(row: int) -> bool:
+    return False
 
 
 def check_golden(made: Golden, settings: EngineSettings) -> None:
@@ -320,7 +324,7 @@ def profile_largest(model: Any, settings: EngineSettings) -> int:  # noqa: ANN40
         if hasattr(model, "encode"):
             model.encode([item])
         else:
-            model.generate([item], Sampling(max_tokens=1), lambda row: False)
+            model.generate([item], Sampling(max_tokens=1), _nobody_leaves)
     except (torch.OutOfMemoryError, MemoryError):
         log.warning("the largest image, %d x %d, does not fit: it will be seen at half its pixels", side, side)
         return -1
