@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -301,10 +301,13 @@ def _decoder(
 
     def step() -> None:
         with torch.inference_mode():
+            for layer in cast("list[Any]", cache.layers):  # the same step again, not one behind it
+                layer.cumulative_length.fill_(prompt)
+                if hasattr(layer, "cumulative_length_int"):  # of a layer with a window
+                    layer.cumulative_length_int = prompt
             model(
                 input_ids=token,
                 past_key_values=cache,
-                cache_position=position,
                 position_ids=position.expand(streams, 1),
                 use_cache=True,
             )

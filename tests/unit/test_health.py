@@ -54,20 +54,20 @@ async def model() -> AsyncIterator[DescribeModel]:
 class Device:
     """A device whose memory can go and come."""
 
-    def __init__(self, generate: Any) -> None:
-        self.generate = generate
+    def __init__(self, prefill: Any) -> None:
+        self.prefill = prefill
         self.is_full = False
 
     def __call__(self, *arguments: Any) -> Any:
         if self.is_full:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.generate(*arguments)
+        return self.prefill(*arguments)
 
 
 async def test_readiness_is_lost_and_found_again(model: DescribeModel, monkeypatch: pytest.MonkeyPatch):
     loaded: Any = model.service
-    device = Device(loaded._conversations.model.generate)
-    monkeypatch.setattr(loaded._conversations.model, "generate", device)
+    device = Device(loaded._conversations.model.prefill)
+    monkeypatch.setattr(loaded._conversations.model, "prefill", device)
     app = FastAPI()
     app.include_router(Protocols([model], 1 << 20).router())
     transport = httpx.ASGITransport(app)

@@ -1,6 +1,7 @@
 """The cache of image embeddings: what is seen once is not computed again, and answers are the same."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -80,12 +81,16 @@ def test_the_hash_tells_pictures_and_sizes_apart() -> None:
 
 @pytest.mark.parametrize("name", ["describe", "generate"])
 def test_answers_are_the_same_and_lookups_are_counted(name: str) -> None:
-    here = {"_env_file": None, "auth": "off", "device": "cpu", "threads": 1, "model_name": f"cached-{name}"}
+    def here(mib: int) -> dict[str, Any]:
+        names = {0: f"plain-{name}", 8: f"cached-{name}"}
+        own = {"model_name": names[mib], "image_cache_mib": mib}
+        return {"_env_file": None, "auth": "off", "device": "cpu", "threads": 1, **own}
+
     if name == "describe":
-        plain, cached = (QwenVL(DescribeSettings(**here, image_cache_mib=mib)) for mib in (0, 8))
+        plain, cached = (QwenVL(DescribeSettings(**here(mib))) for mib in (0, 8))
         prompts = [cached.preprocess(Image.new("RGB", (90, 60), c), "What?") for c in ("red", "red", "blue")]
     else:
-        plain, cached = (KimiVL(GenerateSettings(**here, image_cache_mib=mib)) for mib in (0, 8))
+        plain, cached = (KimiVL(GenerateSettings(**here(mib))) for mib in (0, 8))
         prompts = [cached.preprocess([Image.new("RGB", (90, 60), c)], "What?") for c in ("red", "red", "blue")]
         prompts.append(cached.preprocess([], "What?"))
     sampling = Sampling(max_tokens=12)

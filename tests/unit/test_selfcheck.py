@@ -134,12 +134,12 @@ def test_mxfp4_weights_that_became_wide(tmp_path: Path):
 
 def test_position_ids_that_are_dropped(describe: QwenVL, monkeypatch: pytest.MonkeyPatch):
     tried(describe)
-    collate = describe._collate
-    monkeypatch.setattr(
-        describe,
-        "_collate",
-        lambda batch: {name: tensor for name, tensor in collate(batch).items() if name != "mm_token_type_ids"},
-    )
+    places = describe._model.model.get_rope_index
+
+    def without_types(input_ids: torch.Tensor, token_types: torch.Tensor, **grids: Any) -> Any:
+        return places(input_ids, torch.zeros_like(token_types), image_grid_thw=None)
+
+    monkeypatch.setattr(describe._model.model, "get_rope_index", without_types)
     with pytest.raises(LoadFailed) as raised:
         tried(describe)
     assert raised.value.reason == "positions_dropped"
