@@ -181,14 +181,14 @@ class TestWithAModel:
         assert isinstance(before, Completion)
         full = before.usage.image_tokens or 0
         model: Any = loaded._conversations.model  # type: ignore[union-attr]
-        generate = model.generate
+        prefill = model.prefill
 
         def tight(batch: Sequence[Any], *arguments: Any) -> Any:
             if any(prompt.image_tokens >= full for prompt in batch):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return generate(batch, *arguments)
+            return prefill(batch, *arguments)
 
-        monkeypatch.setattr(model, "generate", tight)
+        monkeypatch.setattr(model, "prefill", tight)
         (made,) = await run(loaded, ask(png(size)))
         assert isinstance(made, Completion)
         assert made.downscaled
@@ -203,7 +203,7 @@ class TestWithAModel:
             calls.append(len(batch))
             raise MemoryError
 
-        monkeypatch.setattr(loaded._conversations.model, "generate", full)  # type: ignore[union-attr]
+        monkeypatch.setattr(loaded._conversations.model, "prefill", full)  # type: ignore[union-attr]
         with pytest.raises(OutOfMemory):
             await run(loaded, ask())
         assert calls == [1]
