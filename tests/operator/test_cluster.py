@@ -135,9 +135,8 @@ async def test_an_operator_that_dies_after_each_of_its_writes_brings_a_batch_to_
             cr = await live.ended()
     assert live.is_once(cr, 6)
     # How many writes one status takes is the clock's; that one died after each Job, and none was made twice, is not.
-    assert sorted(call for call in calls if call.startswith("create Job")) == [
-        f"create Job b-{name}" for name in ("finish", "plan", "run")
-    ]
+    made = sorted(call.removeprefix("create Job b-").partition("-")[0] for call in calls if call.startswith("create Job"))
+    assert made == ["finish", "plan", "run"], calls
 
 
 async def test_a_batch_whose_workers_end_while_the_operator_is_away_is_finished_when_it_is_back(live: Live) -> None:
