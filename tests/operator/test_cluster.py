@@ -135,7 +135,8 @@ async def test_an_operator_that_dies_after_each_of_its_writes_brings_a_batch_to_
             cr = await live.ended()
     assert live.is_once(cr, 6)
     # How many writes one status takes is the clock's; that one died after each Job, and none was made twice, is not.
-    made = sorted(call.removeprefix("create Job b-").partition("-")[0] for call in calls if call.startswith("create Job"))
+    jobs = [call.removeprefix("create Job b-") for call in calls if call.startswith("create Job")]
+    made = sorted(name.partition("-")[0] for name in jobs)
     assert made == ["finish", "plan", "run"], calls
 
 
