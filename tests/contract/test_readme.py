@@ -49,7 +49,8 @@ def test_its_two_commands_are_make_targets():
 
 
 def test_ci_runs_the_readmes_test_command():
-    assert SHELL[1].strip() in (ROOT / ".ci" / "run").read_text().splitlines()
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert SHELL[1].strip() in [line.partition("|")[0].strip() for line in lines]
 
 
 def test_its_shell_blocks_are_answered_as_written(folder, servers):
