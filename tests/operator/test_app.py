@@ -139,6 +139,8 @@ async def test_a_kopf_watch_that_hears_nothing_is_noticed(apiserver: ApiServer, 
             for replicas in (2, 3):
                 user.merge("VisionPipeline", "p", {"spec": {"gateway": {"replicas": replicas}}})
                 await until(lambda: (user.get("Deployment", "p-gateway") or {})["spec"]["replicas"] == replicas)  # noqa: B023
+                # Else its write of the status is refused for the next change, which it then has seen without any list.
+                await until(lambda: user.is_settled("p"))
             await until(lambda: (answer := get(port, "/healthz")) and answer.status_code == 503)
             assert "VisionPipeline is deaf" in (get(port, "/healthz") or pytest.fail("no answer")).text
 
