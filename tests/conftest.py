@@ -1,6 +1,7 @@
 """What all tests share: real processes of ours on free ports, one set for the whole run."""
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -18,6 +19,13 @@ from tests.nursery import Forked, Nursery
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 600
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """schemathesis imports a module at the end; CPython 3.11 fails to compile one amid which garbage with tasks goes."""
+    gc.collect()
+    gc.disable()
 
 
 def free_port() -> int:
