@@ -23,7 +23,7 @@ START_SECONDS = 600
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish() -> None:
-    """schemathesis imports a module at the end; CPython 3.11 fails to compile one amid which garbage with tasks goes."""
+    """schemathesis imports a module at the end, and CPython 3.11 cannot compile one while garbage with tasks goes."""
     gc.collect()
     gc.disable()
 
