@@ -108,6 +108,8 @@ conformance: .venv/.dev ## The conformance table of our six models and of stock 
 .PHONY: tiny
 tiny: .venv/.dev ## Train the small checkpoints again from SEED and report (about four hours on two cores, estimated)
 	@$(BIN)/python -m sightline.tiny train all --seed $(or $(SEED),0)
+	@cd predictors/src/sightline/tiny && for name in describe enhance generate embed blip; do \
+		rm -f $$name/sightline_golden.json; $(CURDIR)/$(BIN)/sightline self-check $$name --write $$name/sightline_golden.json; done
 	@$(BIN)/python -m sightline.tiny report
 
 .PHONY: check
